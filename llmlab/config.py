@@ -117,7 +117,7 @@ class LoaderSettings(Section):
 class Tracking(Section):
     "Who is told. JSONL and CSV files are always written."
     tensorboard: bool = Field(True, description='write event files to the run folder')
-    wandb: Literal['auto', 'online', 'offline', 'off'] = Field('auto', description='auto: online with a key, else off')
+    wandb: Literal['auto', 'online', 'offline', 'off'] = Field('auto', description='auto: online with a key, offline without')
     wandb_project: str = Field('llmlab', description='W&B project')
 
 # %% ../nbs/01_config.ipynb #730f7973
