@@ -361,6 +361,8 @@ def _present_names(src:Source, say:Callable[[str], None])->None:
     for section in ('dataset', 'training'):
         if src.values.get(section) == {}: del src.values[section]
 
+_paths = ('data.path', 'data.file', 'tokenizer.path') # relative to the file they stand in, or to the current folder
+
 def _normalise(src:Source, say:Callable[[str], None])->None:
     "Settings whose meaning is clear but whose form is not: said once, then put right."
     _present_names(src, say)
@@ -372,10 +374,10 @@ def _normalise(src:Source, say:Callable[[str], None])->None:
         if data.get('file'): data['name'] = 'file'
         elif data.get('path'): data['name'] = 'files'
         if 'name' in data: say(f'data.name is taken as {data["name"]!r}, since data.{"file" if data["name"] == "file" else "path"} is given')
-    for key in ('data.path', 'data.file', 'tokenizer.path'):
-        value, folder = _get(src.values, key), src.folders.get(key)
-        if isinstance(value, str) and folder and not (key == 'data.path' and data.get('name') == 'hub'):
-            _set(src.values, key, str((folder/Path(value).expanduser())) if not Path(value).expanduser().is_absolute() else value)
+    for key in _paths:
+        value = _get(src.values, key)
+        if isinstance(value, str) and not (key == 'data.path' and data.get('name') == 'hub'):
+            _set(src.values, key, os.path.normpath(src.folders.get(key, Path.cwd())/Path(value).expanduser()))
 
 # %% ../nbs/01_config.ipynb #a92d0fb7
 def _keys(model:type[BaseModel]=Config, prefix:str='')->Iterator[str]:
@@ -431,8 +433,8 @@ def contradictions(c:Config)->Iterator[tuple[str, str]]:
     if len(given) > 1: yield f'trainer.{given[-1]}', f'only one of max_steps, max_tokens and epochs may be given (got {" and ".join(given)})'
     if c.data.name in ('files', 'hub') and not c.data.path: yield 'data.path', f'must be given, since data.name is {c.data.name}'
     if c.data.name == 'file' and not c.data.file: yield 'data.file', 'must be given, since data.name is file'
-    if c.data.name not in ('files', 'hub') and c.data.path: yield 'data.path', f'has no use with data.name {c.data.name}; leave one of them out'
-    if c.data.name != 'file' and c.data.file: yield 'data.file', f'has no use with data.name {c.data.name}; leave one of them out'
+    if c.data.name not in ('files', 'hub') and c.data.path: yield 'data.path', f'has no use with data.name {c.data.name}; set data.name=files (or hub), or leave it out'
+    if c.data.name != 'file' and c.data.file: yield 'data.file', f'has no use with data.name {c.data.name}; set data.name=file, or leave it out'
     if c.tokenizer.kind == 'hf' and not c.tokenizer.path: yield 'tokenizer.path', 'must be given, since tokenizer.kind is hf'
     if c.tokenizer.kind in ('byte', 'char') and c.tokenizer.path: yield 'tokenizer.path', f'has no use with tokenizer.kind {c.tokenizer.kind}; leave it out'
     if c.run.precision == 'fp16' and not c.run.device.startswith(('auto', 'cuda')): yield 'run.precision', f'fp16 needs a GPU (run.device is {c.run.device}); take bf16 or fp32'
