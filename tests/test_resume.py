@@ -1,0 +1,80 @@
+"A training process is killed at any moment, goes on, and ends with the same bits."
+import os, random, signal, subprocess, time
+from pathlib import Path
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from conftest import command, root
+from llmlab.files import read_jsonl
+
+words = ['--config', 'tiny_test', 'run.name=r', 'trainer.max_steps=60', 'trainer.save_interval=7', 'trainer.log_interval=3', 'trainer.eval_interval=20', 'trainer.gradient_accumulation_steps=2']
+unlike = {'train/tokens_per_sec', 'train/memory_gb', 'train/mfu', 'time', 'seconds'} # what no two runs share
+
+
+def start(folder:Path, *more:str)->subprocess.Popen:
+    return subprocess.Popen(command('train', *more), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+                            env=os.environ | {'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'})
+
+
+def outcome(folder:Path)->tuple[list[dict], dict]:
+    "What was logged, but for the clock; the last weights."
+    run = folder/'runs'/'r'
+    last = sorted((run/'checkpoints').glob('step-*'))[-1]
+    assert last.name == 'step-00000060'
+    return [{k: v for k, v in r.items() if k not in unlike} for r in read_jsonl(run/'metrics.jsonl')], load_file(last/'model.safetensors')
+
+
+def prepared(folder:Path)->Path:
+    folder.mkdir()
+    assert subprocess.run(command('prepare', '--config', 'tiny_test'), cwd=folder, env=os.environ | {'PYTHONPATH': str(root)}, capture_output=True).returncode == 0
+    return folder
+
+
+def kill_and_resume(folder:Path, kills:int, chance:random.Random)->int:
+    "Train with kills at random moments; gives the number of kills that hit."
+    hits = 0
+    began = time.monotonic()
+    p = start(folder, *words)
+    for _ in range(kills):
+        try: p.wait(timeout=chance.uniform(2, 6))
+        except subprocess.TimeoutExpired:
+            p.send_signal(signal.SIGKILL); p.wait(); hits += 1
+        else:
+            assert p.returncode == 0, p.stderr.read()
+            break
+        p = start(folder, *(['--resume'] if (folder/'runs'/'r'/'config.yaml').exists() else words))
+    assert p.wait(timeout=300) == 0, p.stderr.read()
+    return hits
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    "The run that nobody disturbed."
+    folder = prepared(tmp_path_factory.mktemp('a')/'straight')
+    p = start(folder, *words)
+    assert p.wait(timeout=300) == 0, p.stderr.read()
+    return outcome(folder)
+
+
+@pytest.mark.parametrize('kills', [3, pytest.param(100, marks=pytest.mark.proof)])
+def test_kill_and_resume_is_bit_exact(kills, straight, tmp_path):
+    hits = kill_and_resume(prepared(tmp_path/'killed'), kills, random.Random(kills))
+    records, weights = outcome(tmp_path/'killed')
+    assert hits and records == straight[0]
+    assert weights.keys() == straight[1].keys()
+    for name in weights: assert_close(weights[name], straight[1][name], rtol=0, atol=0)
+
+
+def test_ctrl_c_saves_and_goes_on(straight, tmp_path):
+    folder = prepared(tmp_path/'stopped')
+    p = start(folder, *words)
+    log = folder/'runs'/'r'/'metrics.jsonl'
+    while p.poll() is None and not (log.exists() and len(read_jsonl(log)) >= 2): time.sleep(.05)
+    p.send_signal(signal.SIGINT)
+    code, err = p.wait(timeout=60), p.stderr.read()
+    if code == 0: pytest.skip('the run was over before the signal came')
+    assert code == 75 and '--resume' in err, err
+    assert start(folder, '--resume').wait(timeout=300) == 0
+    records, weights = outcome(folder)
+    assert records == straight[0]
+    for name in weights: assert_close(weights[name], straight[1][name], rtol=0, atol=0)
