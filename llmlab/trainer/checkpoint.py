@@ -69,14 +69,21 @@ def save_checkpoint(
         write_json(part/'meta.json', meta | {'format_version': FORMAT, 'ties': ties, 'config_hash': hash_json(state['train_config'])})
         for path in files: shutil.copyfile(path, part/Path(path).name)
         seal = {p.name: {'size': p.stat().st_size, 'xxh3_128': hash_file(p)} for p in sorted(part.iterdir())}
-        write_json(part/'complete.json', {'format_version': FORMAT, 'files': seal})
+        write_json(part/'complete.json', {'format_version': FORMAT, 'files': seal, 'seal': hash_json(seal)})
     return Path(folder)
 
 def checkpoint_name(step:int)->str:
     "The name of a checkpoint's folder; names sort like steps."
     return f'step-{step:08d}'
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #059361bd
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #c09ff337
+def _seals(folder:Path)->dict[str, dict]:
+    "Size and hash of every file, from complete.json, which carries a hash of itself."
+    seals = read_json(folder/'complete.json', CheckpointError)
+    if not isinstance(seals, dict) or 'files' not in seals or seals.get('seal') != hash_json(seals['files']):
+        raise CheckpointError(f'{folder}/complete.json is damaged: its bytes are not those that were written')
+    return seals['files']
+
 def check_files(
     folder:str|Path, # a checkpoint
     hashes:bool=True, # read and hash every file, or look at the sizes only
@@ -86,8 +93,10 @@ def check_files(
     folder = Path(folder)
     if not folder.is_dir(): return [f'{folder} does not exist']
     if not (folder/'complete.json').is_file(): return [f'{folder} has no complete.json: its writing was cut off']
+    try: seals = _seals(folder)
+    except CheckpointError as e: return [str(e)]
     wrong = []
-    for name, seal in read_json(folder/'complete.json', CheckpointError)['files'].items():
+    for name, seal in seals.items():
         path = folder/name
         if only and name not in only: continue
         if not path.is_file(): wrong.append(f'{path} is missing')
@@ -97,8 +106,7 @@ def check_files(
 
 def is_complete(folder:str|Path)->bool:
     "Whether all files are there in their full length (a quick look, without hashes)."
-    try: return not check_files(folder, hashes=False)
-    except CheckpointError: return False # complete.json itself is torn
+    return not check_files(folder, hashes=False)
 
 # %% ../../nbs/4_trainer/02_checkpoint.ipynb #465dad5e
 def list_checkpoints(
@@ -161,8 +169,7 @@ def load_checkpoint(
 )->dict: # `KEYS` and what else was saved, tensors on the CPU
     "Read a checkpoint after checking its hashes. Raises `CheckpointError`, naming the file and the newest good checkpoint before."
     folder = Path(folder)
-    try: wrong = check_files(folder, only=() if training else ('model.safetensors', 'meta.json'))
-    except CheckpointError as e: wrong = [str(e)]
+    wrong = check_files(folder, only=() if training else ('model.safetensors', 'meta.json'))
     if wrong: raise CheckpointError(f"{'; '.join(wrong)}. {_advice(folder)}")
     meta = read_json(folder/'meta.json', CheckpointError)
     if meta['format_version'] > FORMAT:

@@ -90,7 +90,9 @@ class Muon(torch.optim.Optimizer):
 
     def _momentum(self, p:Tensor, momentum:float, skip:Tensor|None)->Tensor:
         "Nesterov's look ahead; a doomed gradient is replaced by the buffer, which then stays as it is."
-        buffer = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+        state = self.state[p]
+        if not state: state['momentum_buffer'] = torch.zeros_like(p)
+        buffer = state['momentum_buffer']
         grad = p.grad if skip is None else torch.where(skip.bool(), buffer, p.grad)
         buffer.lerp_(grad, 1-momentum)
         return grad.lerp(buffer, momentum)
@@ -137,7 +139,7 @@ class JointOptimizer:
     def step(self, skip:Tensor|None=None)->None:
         "Move the weights. `skip`: a float tensor on the device; where it is 1 the step leaves no trace (see `can_skip`)."
         for part in self.parts:
-            if skip is not None: part.found_inf = skip
+            part.found_inf = skip # torch's own word for it
             part.step()
 
     def zero_grad(self)->None:

@@ -1,0 +1,353 @@
+"The loop: the same gradient however it is cut, the same bits after a stop, signals, numbers that are not."
+import math, os, signal, subprocess, sys, threading, time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+from llmlab.config import Optim
+from llmlab.files import ConfigError, LlmlabError, read_jsonl
+from llmlab.trainer import loop
+from llmlab.trainer.checkpoint import TrainState, capture, checkpointer, latest, load_checkpoint, restore
+from llmlab.trainer.loop import Limit, Watch, Window, accumulate, every, fit, parse_limit, stop_signals
+from llmlab.trainer.machine import Machine
+from llmlab.trainer.optim import build_optimizer, rate_at
+from llmlab.trainer.tracking import Files, Stopped, Tracker
+
+root = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Rows:
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+    @property
+    def num_targets(self): return int(self.weights.sum())
+    def to(self, device): return self
+
+
+class Sum(NamedTuple):
+    sum: Tensor
+    count: int
+    parts: dict
+
+
+class Count:
+    "Next-token loss over the targets that count; draws from its generator, as masked objectives do."
+    noise = 0.
+    def loss(self, network, batch, generator):
+        logits = network(batch.tokens)
+        keep = batch.weights if not self.noise else batch.weights*(1+self.noise*torch.rand(batch.weights.shape, generator=generator))
+        nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction='none')
+        right = ((logits.argmax(-1) == batch.targets)*batch.weights).sum()
+        return Sum((nats*keep.flatten()).sum(), batch.num_targets, {'accuracy': (right, batch.num_targets)})
+
+
+class Noisy(Count): noise = .5
+
+
+class Loader:
+    "An endless source whose place is one number."
+    def __init__(self, B=4, T=8, V=13): self.B, self.T, self.V, self.place = B, T, V, 0
+    def __iter__(self):
+        while True:
+            g = torch.Generator().manual_seed(self.place)
+            self.place += 1
+            text = (1+2*torch.randint(2, (self.B, self.T+1), generator=g)).cumsum(1) % self.V
+            yield Rows(text[:, :-1], text[:, 1:], (torch.rand(self.B, self.T, generator=g) > .3).float())
+    def state_dict(self): return {'place': self.place}
+    def load_state_dict(self, state): self.place = state['place']
+
+
+class Net(nn.Module):
+    def __init__(self, V=13, D=8):
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Embedding(V, D), nn.ModuleList([nn.Sequential(nn.RMSNorm(D), nn.Linear(D, D), nn.Tanh(), nn.Dropout(.1)) for _ in range(2)]), nn.Linear(D, V)
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for b in self.blocks: x = x + b(x)
+        return self.head(x)
+
+
+def net(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Net()
+
+
+@given(cuts=st.lists(st.integers(1, 7), max_size=4, unique=True), seed=st.integers(0, 50))
+@settings(max_examples=30, deadline=None)
+def test_the_gradient_does_not_depend_on_the_cut(cuts, seed):
+    loader = Loader(B=8)
+    loader.place = seed
+    whole = next(iter(loader))
+    whole.weights[seed % 8] = 0 # a row without targets
+    edges = [0, *sorted(cuts), 8]
+    pieces = [Rows(*(t[a:b] for t in (whole.tokens, whole.targets, whole.weights))) for a, b in zip(edges, edges[1:])]
+    a, b = net().double().eval(), net().double().eval()
+    one, sums = accumulate(Count().loss, a, [whole])
+    many, parts = accumulate(Count().loss, b, pieces)
+    for p, q in zip(a.parameters(), b.parameters()): assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12) # float64
+    assert_close(sums.sum(), parts.sum(), rtol=1e-5, atol=0) # the sums are float32
+    assert one[0].parts['accuracy'][0] == sum(m.parts['accuracy'][0] for m in many)
+
+
+def test_a_step_without_targets_moves_nothing_by_gradient():
+    network, batch = net(), next(iter(Loader()))
+    batch.weights[:] = 0
+    accumulate(Count().loss, network, [batch])
+    assert all((p.grad == 0).all() for p in network.parameters())
+
+
+class Memory:
+    "A listener that remembers."
+    def __init__(self): self.records = {}
+    def log(self, metrics, step): self.records[step] = {k: v for k, v in metrics.items() if k not in ('train/tokens_per_sec', 'train/memory_gb', 'train/mfu')}
+    def finish(self, state): pass
+
+
+def run(folder, name, steps, memory, limit=None, accumulation=2, total=20, resume=False):
+    "One sitting with fresh objects, as a new process has them."
+    torch.manual_seed(999 if resume else 3) # a resumed process starts with another global state
+    optim = Optim(name=name, lr=.02, warmup_steps=3)
+    network = net(seed=5 if resume else 0)
+    things = dict(network=network, optimizer=build_optimizer(network, optim), generators={'objective': torch.Generator().manual_seed(8)}, loader=Loader())
+    state = restore(load_checkpoint(latest(folder)), **things) if resume else TrainState()
+    validated = []
+    def validate(state):
+        network.eval()
+        with torch.no_grad(): loss = Count().loss(network, next(iter(Loader(B=2))), None).sum.item()/16
+        validated.append(state.validated(loss))
+        return {'val/loss': loss}
+    fit(network, Noisy(), things['loader'], things['optimizer'], total_steps=total, rate=lambda s: rate_at(s, total, optim), accumulation=accumulation, state=state,
+        generator=things['generators']['objective'], hooks=[every(7, validate)], save=checkpointer(folder, partial(capture, **things), keep_last=2), save_every=6, log_every=4,
+        tracker=Tracker([memory]), limit=limit)
+    return network
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+@pytest.mark.parametrize('stops', [[7], [1, 6, 8], [14], [4, 10]], ids=str)
+def test_stop_and_resume_is_bit_exact(tmp_path, name, stops):
+    "20 steps in one go, or in sittings with fresh objects: every logged number and every weight, bit for bit. The stops fall between, on and around log lines, validations and saves."
+    straight, cut = Memory(), Memory()
+    whole = run(tmp_path/'a', name, 20, straight)
+    for i, steps in enumerate(stops):
+        with pytest.raises(Stopped) as e: run(tmp_path/'b', name, 20, cut, limit=Limit(steps=steps), resume=i > 0)
+        assert e.value.checkpoint == latest(tmp_path/'b')
+    parts = run(tmp_path/'b', name, 20, cut, resume=True)
+    assert cut.records == straight.records and list(straight.records) == [4, 7, 8, 12, 14, 16, 20]
+    for p, q in zip(whole.parameters(), parts.parameters()): assert_close(p, q, rtol=0, atol=0)
+    a, b = (load_checkpoint(latest(tmp_path/x)) for x in 'ab')
+    for x, y in zip(a['optimizer_state_dict']['parts'], b['optimizer_state_dict']['parts'], strict=True): assert_close(x['state'], y['state'], rtol=0, atol=0)
+    assert {k: v for k, v in a['train_state'].items() if k != 'seconds'} == {k: v for k, v in b['train_state'].items() if k != 'seconds'}
+    assert a['loader_state'] == b['loader_state'] == {'place': 40}
+
+
+def test_a_crash_after_a_checkpoint_is_repeated_exactly(tmp_path):
+    "The process dies with steps done and logged since the last checkpoint (at 14, a best validation): they are done again, with the same numbers."
+    straight, cut = Memory(), Memory()
+    whole = run(tmp_path/'a', 'adamw', 20, straight)
+    class Dies(Memory):
+        def log(self, metrics, step):
+            cut.log(metrics, step)
+            if step == 16: raise KeyboardInterrupt # what a tracker lets through
+    with pytest.raises(KeyboardInterrupt): run(tmp_path/'b', 'adamw', 20, Dies())
+    assert latest(tmp_path/'b').name == 'step-00000014' and 16 in cut.records
+    again = run(tmp_path/'b', 'adamw', 20, cut, resume=True)
+    assert cut.records == straight.records
+    for p, q in zip(whole.parameters(), again.parameters()): assert_close(p, q, rtol=0, atol=0)
+
+
+def test_hooks_run_on_their_steps_and_last():
+    seen, network = [], net()
+    fit(network, Count(), Loader(), build_optimizer(network, Optim()), total_steps=11, hooks=[every(4, lambda s: seen.append(s.global_step)), every(5, lambda s: seen.append(-s.global_step))])
+    assert seen == [4, -5, 8, -10, 11, -11]
+
+
+def test_one_record_a_step(tmp_path):
+    network = net()
+    with Tracker([Files(tmp_path)]) as tracker:
+        state = fit(network, Count(), Loader(), build_optimizer(network, Optim()), total_steps=10, log_every=5, hooks=[every(5, lambda s: {'val/loss': 1.})], tracker=tracker, flops_per_token=1e3)
+    records = read_jsonl(tmp_path/'metrics.jsonl')
+    assert [r['step'] for r in records] == [5, 10]
+    assert set(records[1]) == {'step', 'time', 'val/loss'} | {f'train/{k}' for k in ('loss', 'accuracy', 'perplexity', 'lr', 'tokens_per_sec', 'grad_norm', 'mfu', 'memory_gb')}
+    assert (state.tokens, state.rows) == (10*4*8, 40) and state.seconds > 0
+
+
+def test_the_logged_loss_is_the_mean_over_all_targets():
+    network, memory, batches = net().eval(), Memory(), Loader()
+    frozen = build_optimizer(network, Optim(lr=1e-30, weight_decay=0))
+    fit(network, Count(), batches, frozen, total_steps=3, accumulation=2, log_every=3, tracker=Tracker([memory]))
+    network.train() # dropout draws, so compare with a network that has none
+    for m in network.modules():
+        if isinstance(m, nn.Dropout): m.p = 0.
+    memory = Memory()
+    fit(network, Count(), Loader(), frozen, total_steps=3, accumulation=2, log_every=3, tracker=Tracker([memory]))
+    source = iter(Loader())
+    given = [Count().loss(network, next(source), None) for _ in range(6)]
+    assert memory.records[3]['train/loss'] == pytest.approx(sum(g.sum.item() for g in given)/sum(g.count for g in given), rel=1e-6)
+
+
+class Poisoned(Count):
+    def __init__(self, at): self.at, self.calls = at, 0
+    def loss(self, network, batch, generator):
+        self.calls += 1
+        loss = super().loss(network, batch, generator)
+        return loss._replace(sum=loss.sum*math.nan) if self.calls == self.at else loss
+
+
+@pytest.mark.parametrize('lag', [0, 2])
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_not_a_number_stops_before_the_step(tmp_path, monkeypatch, lag, name):
+    "With a lag, as on a GPU: the host hears of it later, but the weights are those from before."
+    monkeypatch.setattr(loop, '_lag', lambda *_: lag)
+    clean, bad = net(), net()
+    torch.manual_seed(0)
+    fit(clean, Count(), Loader(), build_optimizer(clean, Optim(name=name)), total_steps=4, accumulation=2)
+    torch.manual_seed(0)
+    with pytest.raises(LlmlabError, match=r'step 5 did not happen: the loss of micro-batch 2 of 2 is nan. The weights are those of step 4') as e:
+        fit(bad, Poisoned(at=10), Loader(), build_optimizer(bad, Optim(name=name)), total_steps=50, accumulation=2, folder=tmp_path)
+    for p, q in zip(clean.parameters(), bad.parameters()): assert_close(p, q, rtol=1e-6 if lag else 0, atol=1e-7 if lag else 0) # a skippable step multiplies in another order
+    kept = load_file(tmp_path/'bad-batch-step-00000005.safetensors')
+    loader = Loader(); loader.place = 9
+    assert_close(kept['1.tokens'], next(iter(loader)).tokens) and 'optim.lr' in str(e.value)
+
+
+@pytest.mark.parametrize('lag', [0, 2])
+def test_no_checkpoint_of_a_bad_step(tmp_path, monkeypatch, lag):
+    monkeypatch.setattr(loop, '_lag', lambda *_: lag)
+    saved, network = [], net()
+    with pytest.raises(LlmlabError): fit(network, Poisoned(at=6), Loader(), build_optimizer(network, Optim()), total_steps=50, save=lambda s: saved.append(s.global_step), save_every=2)
+    assert saved == [2, 4]
+
+
+def test_fp16_skips_and_gives_up():
+    machine = Machine(dtype=torch.float16)
+    network, memory = net(), Memory()
+    scaler = machine.scaler()
+    state = fit(network, Count(), Loader(), build_optimizer(network, Optim(lr=.01)), total_steps=30, machine=machine, scaler=scaler, log_every=30, tracker=Tracker([memory]))
+    assert state.global_step == 30 and memory.records[30]['train/loss'] < 2.6 and scaler.state_dict()['scale'] > 1
+    network = net()
+    network.head.bias.register_hook(lambda grad: torch.full_like(grad, math.inf))
+    before = [p.detach().clone() for p in network.parameters()]
+    with pytest.raises(LlmlabError, match='20 steps in a row'): fit(network, Count(), Loader(), build_optimizer(network, Optim()), total_steps=30, machine=machine)
+    for p, q in zip(network.parameters(), before): assert_close(p.detach(), q, rtol=0, atol=0)
+
+
+def test_batches_that_end_and_memory_that_ends():
+    network = net()
+    one = next(iter(Loader()))
+    with pytest.raises(LlmlabError, match='ran out'): fit(network, Count(), [one], build_optimizer(network, Optim()), total_steps=2)
+    class Huge(Count):
+        def loss(self, network, batch, generator): return torch.empty(2**55, dtype=torch.uint8)
+    with pytest.raises(LlmlabError, match='Halve trainer.batch_size'): fit(network, Huge(), Loader(), build_optimizer(network, Optim()), total_steps=2)
+
+
+child = '''
+import sys, time
+from functools import partial
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_loop import *
+torch.set_num_threads(1)
+folder, network = Path(sys.argv[1]), net()
+class Slow(Count):
+    def loss(self, network, batch, generator):
+        time.sleep(.02)
+        return super().loss(network, batch, generator)
+def slow_save(state):
+    if sys.argv[3:] == ['slow']: print('saving', flush=True); time.sleep(30)
+    return save(state)
+optimizer, loader = build_optimizer(network, Optim()), Loader()
+save = checkpointer(folder, partial(capture, network=network, optimizer=optimizer, loader=loader))
+class Say(Memory):
+    def log(self, metrics, step): print(step, flush=True)
+try: fit(network, Slow(), loader, optimizer, total_steps=10**6, save=slow_save, save_every=10**6, log_every=1, tracker=Tracker([Say()]))
+except Stopped as e:
+    print(e.reason, e.step, e.checkpoint.name)
+    assert load_checkpoint(e.checkpoint)['global_step'] == e.step == loader.place
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    sys.exit(75)
+'''
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGUSR1'])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, name):
+    p = subprocess.Popen([sys.executable, '-c', child, str(tmp_path), str(root/'tests')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(root)})
+    for _ in range(3): p.stdout.readline()
+    p.send_signal(getattr(signal, name))
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 75, err
+    assert out.split('\n')[-2].startswith(name)
+
+
+def test_a_second_ctrl_c_quits_at_once_and_leaves_nothing_half(tmp_path):
+    p = subprocess.Popen([sys.executable, '-c', child, str(tmp_path), str(root/'tests'), 'slow'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(root)})
+    p.stdout.readline()
+    p.send_signal(signal.SIGINT)
+    while p.stdout.readline().strip() != 'saving': pass
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=20)
+    assert 'KeyboardInterrupt' in err and p.returncode == -signal.SIGINT and not list(tmp_path.iterdir())
+
+
+def test_in_a_thread_no_handler_is_touched():
+    before, result = signal.getsignal(signal.SIGINT), []
+    def work():
+        network = net()
+        result.append(fit(network, Count(), Loader(), build_optimizer(network, Optim()), total_steps=3).global_step)
+        with stop_signals() as request: result.append(request.reason)
+    t = threading.Thread(target=work); t.start(); t.join()
+    assert result == [3, None] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_handlers_come_back_after_an_error():
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with pytest.raises(ZeroDivisionError):
+        with stop_signals(): 1/0
+    assert {s: signal.getsignal(s) for s in before} == before
+
+
+def test_limits():
+    network = net()
+    begun = time.monotonic()
+    with pytest.raises(Stopped, match='limit of 0 seconds'):
+        fit(network, Count(), Loader(), build_optimizer(network, Optim()), total_steps=10**6, limit=Limit(seconds=.2))
+    assert time.monotonic()-begun < 20
+    with pytest.raises(Stopped) as e: fit(network, Count(), Loader(), build_optimizer(network, Optim()), total_steps=10**6, limit=Limit(seconds=100, start=begun-100))
+    assert e.value.step == 1
+    assert fit(network, Count(), Loader(), build_optimizer(network, Optim()), total_steps=4, limit=Limit(steps=4)).global_step == 4 # done is not stopped
+    assert parse_limit('1.5h') == Limit(seconds=5400.) and parse_limit('10 steps') == Limit(steps=10) and parse_limit('02:00') == Limit(seconds=120)
+    for bad in ('', 'x', '5d', '1:x', '1.5'):
+        with pytest.raises(ConfigError): parse_limit(bad)
+
+
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(1, 1000)), min_size=1, max_size=30), st.integers(0, 30))
+@settings(max_examples=50, deadline=None)
+def test_a_window_survives_being_saved(sums, at):
+    import json
+    straight, cut = Window(), Window()
+    for i, (total, count) in enumerate(sums):
+        straight.add('loss', torch.tensor(total), count)
+        if i == at: cut = Window(json.loads(json.dumps(cut.state())))
+        cut.add('loss', torch.tensor(total), torch.tensor(count))
+    assert straight.means() == cut.means() and straight.means() == {}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.proof)])
+def test_compiled_or_not_it_learns_the_same(dtype):
+    from shutil import which
+    if not which('g++'): pytest.skip('no C++ compiler')
+    losses = []
+    for compiled in (False, True):
+        network, memory = net(), Memory()
+        for m in network.modules():
+            if isinstance(m, nn.Dropout): m.p = 0.
+        fit(network, Count(), Loader(), build_optimizer(network, Optim(lr=.01)), total_steps=6, log_every=3, machine=Machine(dtype=dtype, compile=compiled), tracker=Tracker([memory]))
+        losses.append([r['train/loss'] for r in memory.records.values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4 if dtype == torch.float32 else 2e-2) # fusing rounds less often

@@ -1,0 +1,185 @@
+"Optimizers and schedules: against torch's own, at the edges, and saved and loaded."
+import io, math
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.testing import assert_close
+from llmlab.config import Optim, Trainer
+from llmlab.files import CheckpointError, ConfigError
+from llmlab.trainer.optim import JointOptimizer, Muon, build_optimizer, clip_gradients, muon_splits, orthogonalise, rate_at, sort_parameters, total_steps
+
+
+class Block(nn.Module):
+    muon_splits = {'qkv.weight': (8, 4, 4)}
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out, self.mix = nn.RMSNorm(8), nn.Linear(8, 16, bias=False), nn.Linear(16, 8), nn.Conv1d(8, 8, 3, groups=8)
+    def forward(self, x): return x + self.out(self.qkv(self.norm(x))).tanh()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Embedding(17, 8), nn.ModuleList([Block(), Block()]), nn.Linear(8, 17, bias=False)
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for b in self.blocks: x = b(x)
+        return self.head(x)
+
+
+def net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net()
+
+
+def learn(network, optimizer, steps, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        tokens = torch.randint(17, (4, 9), generator=g)
+        nn.functional.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step(); optimizer.zero_grad()
+
+
+def test_every_parameter_has_one_place():
+    n = net()
+    n.blocks[0].norm.weight.requires_grad_(False)
+    sorts = sort_parameters(n, muon=True)
+    names = [name for pairs in sorts.values() for name, _ in pairs]
+    assert len(names) == len(set(names)) == len(list(n.parameters()))-1
+    assert {name for name, _ in sorts['hidden']} == {f'blocks.{i}.{m}.weight' for i in (0, 1) for m in ('qkv', 'out')}
+    assert {name for name, _ in sorts['decay']} == {'embed.weight', 'head.weight', 'blocks.0.mix.weight', 'blocks.1.mix.weight'}
+    assert [g['weight_decay'] for g in build_optimizer(n, Optim(weight_decay=.3)).param_groups] == [.3, 0.]
+    for p in n.parameters(): p.requires_grad_(False)
+    with pytest.raises(ConfigError, match='no trainable parameter'): build_optimizer(n, Optim())
+
+
+@pytest.mark.parametrize('shape', [(6, 10), (10, 6), (8, 8), (300, 260)])
+def test_muon_is_torchs_muon(shape):
+    "The same update to the rounding of bf16: each number of the update has an error of at most 2 ulp (2^-7 relative) of the largest."
+    ours, torchs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    a, b = Muon([ours], lr=.1, weight_decay=.1), torch.optim.Muon([torchs], lr=.1, weight_decay=.1, momentum=.95, adjust_lr_fn='match_rms_adamw')
+    for i in range(3):
+        ours.grad = torch.randn(shape, generator=torch.Generator().manual_seed(i))
+        torchs.grad = ours.grad.clone()
+        a.step(); b.step()
+    step = .1*.2*math.sqrt(max(shape))*3
+    assert_close(ours, torchs, rtol=0, atol=step*2**-7)
+
+
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), batch=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_orthogonalise_keeps_the_singular_vectors(rows, columns, batch, seed):
+    M = torch.randn(batch, rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    out = orthogonalise(M, torch.float64)
+    assert out.shape == M.shape
+    a, b, c = 3.4445, -4.7750, 2.0315 # the polynomial on each singular value, by hand
+    for one, got in zip(M, out):
+        U, S, V = torch.linalg.svd(one, full_matrices=False)
+        S = S/S.norm()
+        for _ in range(5): S = a*S+b*S**3+c*S**5
+        assert_close(got, U@S.diag()@V, rtol=1e-6, atol=1e-8)
+
+
+def test_splits_and_stacks_change_nothing_but_the_grouping():
+    n, m = net(), net()
+    whole = Muon([p for _, p in sort_parameters(n, True)['hidden']], lr=.1, splits=muon_splits(n), dtype=torch.float64)
+    parts = [(p, s, nn.Parameter(p.detach()[s:s+r].clone())) for p in (b.qkv.weight for b in m.blocks) for s, r in ((0, 8), (8, 4), (12, 4))]
+    alone = [Muon([q], lr=.1, dtype=torch.float64) for _, _, q in parts] + [Muon([b.out.weight], lr=.1, dtype=torch.float64) for b in m.blocks]
+    for step in range(3):
+        for i, (_, p) in enumerate(sort_parameters(n, True)['hidden']): p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10*step+i))
+        for p, q in zip(m.parameters(), n.parameters()): p.grad = q.grad
+        for p, s, q in parts: q.grad = p.grad[s:s+len(q)]
+        whole.step()
+        for o in alone: o.step()
+    for p, s, q in parts:
+        twin = dict(n.named_parameters())[next(k for k, v in m.named_parameters() if v is p)]
+        assert_close(twin[s:s+len(q)], q, rtol=1e-6, atol=1e-7)
+    for a, b in zip(n.blocks, m.blocks): assert_close(a.out.weight, b.out.weight, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_save_and_load_in_the_middle(name):
+    settings = Optim(name=name, lr=.01)
+    straight, first = net(), net()
+    optimizer = build_optimizer(straight, settings)
+    learn(straight, optimizer, 5)
+    a = build_optimizer(first, settings)
+    learn(first, a, 5)
+    file = io.BytesIO()
+    torch.save(a.state_dict(), file)
+    second = net()
+    second.load_state_dict(first.state_dict())
+    b = build_optimizer(second, settings)
+    b.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    learn(straight, optimizer, 5, seed=1); learn(second, b, 5, seed=1)
+    for p, q in zip(straight.parameters(), second.parameters()): assert_close(p, q, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_a_skipped_step_leaves_no_trace(name):
+    n, m = net(), net()
+    a, b = (build_optimizer(x, Optim(name=name, lr=.01)) for x in (n, m))
+    assert a.can_skip
+    learn(n, a, 3); learn(m, b, 3)
+    for p in a.parameters: p.grad = torch.full_like(p, float('nan'))
+    a.step(skip=torch.ones(()))
+    a.zero_grad()
+    for p, q in zip(n.parameters(), m.parameters()): assert_close(p, q, rtol=0, atol=0)
+    learn(n, a, 1, seed=5); learn(m, b, 1, seed=5)
+    for p, q in zip(n.parameters(), m.parameters()): assert_close(p, q, rtol=0, atol=0)
+    for p, q in zip(a.parameters, b.parameters): p.grad, q.grad = torch.ones_like(p), torch.ones_like(p)
+    a.step(skip=torch.zeros(())); b.step()
+    for p, q in zip(n.parameters(), m.parameters()): assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_another_model_or_optimizer_is_refused():
+    n = net()
+    state = build_optimizer(n, Optim()).state_dict()
+    with pytest.raises(CheckpointError, match='AdamW with 14 tensors'): build_optimizer(n, Optim(name='muon')).load_state_dict(state)
+    with pytest.raises(CheckpointError): build_optimizer(nn.Linear(3, 3), Optim()).load_state_dict(state)
+
+
+def test_the_config_wins_over_saved_settings():
+    n = net()
+    old = build_optimizer(n, Optim(lr=.01, weight_decay=.5))
+    learn(n, old, 2)
+    new = build_optimizer(n, Optim(lr=.03, weight_decay=.1))
+    new.load_state_dict(old.state_dict())
+    assert new.set_rate(.5) == .015
+    assert [g['weight_decay'] for g in new.param_groups] == [.1, 0.]
+
+
+schedules = st.builds(Optim, schedule=st.sampled_from(['cosine', 'linear', 'constant', 'wsd']), warmup_ratio=st.floats(0, 1), min_lr_ratio=st.floats(0, 1),
+                      warmup_steps=st.none() | st.integers(0, 50), decay_ratio=st.floats(0, 1))
+
+
+@given(optim=schedules, total=st.integers(1, 300))
+@settings(max_examples=200, deadline=None)
+def test_rates_stay_in_bounds_rise_and_then_fall(optim, total):
+    rates = [rate_at(s, total, optim) for s in range(total)]
+    assert all(0 <= r <= 1+1e-12 for r in rates)
+    assert rates[0] > 0 or optim.min_lr_ratio == 0
+    warm = optim.warmup_steps if optim.warmup_steps is not None else round(optim.warmup_ratio*total)
+    rise, fall = rates[:warm], rates[warm:]
+    assert rise == sorted(rise) and fall == sorted(fall, reverse=True)
+    assert rate_at(10*total+1000, total, optim) == pytest.approx(1. if optim.schedule == 'constant' else optim.min_lr_ratio, abs=1e-9)
+
+
+@given(batch=st.integers(1, 9), accumulation=st.integers(1, 4), world=st.integers(1, 4), rows=st.integers(1, 500), epochs=st.floats(.01, 5), fraction=st.floats(.01, 1))
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_sees_every_row(batch, accumulation, world, rows, epochs, fraction):
+    trainer = Trainer(batch_size=batch, gradient_accumulation_steps=accumulation, epochs=epochs, epoch_dataset_fraction=fraction)
+    steps, per_step = total_steps(trainer, rows, 64, world), batch*accumulation*world
+    wanted = epochs*max(1, round(rows*fraction))
+    assert steps >= 1 and (steps-1)*per_step < wanted <= steps*per_step + 1e-6
+    as_tokens = Trainer(batch_size=batch, gradient_accumulation_steps=accumulation, max_tokens=steps*per_step*64)
+    assert total_steps(as_tokens, rows, 64, world) == steps
+
+
+def test_clipping_is_of_the_whole_gradient():
+    p, q, idle = (nn.Parameter(torch.zeros(3)) for _ in range(3))
+    p.grad, q.grad = torch.tensor([3., 0, 0]), torch.tensor([0, 4., 0])
+    assert clip_gradients([p, q, idle], 2.5).item() == 5.
+    assert_close(torch.cat([p.grad, q.grad]).norm(), torch.tensor(2.5), rtol=1e-5, atol=0)
+    assert clip_gradients(iter([p, q]), 100.).item() == pytest.approx(2.5)
