@@ -61,10 +61,9 @@ class Window:
 
     def add(self, name:str, total:Tensor|float, count:Tensor|float)->None:
         "Add to a sum and its count. Does not wait for the device."
-        zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        total = total.detach().to(self.dtype) if isinstance(total, Tensor) else total
-        self.sums[name] = self.sums.get(name, zero)+total
-        self.counts[name] = self.counts.get(name, zero)+count
+        if name not in self.sums: self.sums[name], self.counts[name] = torch.zeros(2, dtype=self.dtype, device=self.device)
+        self.sums[name] += total.detach() if isinstance(total, Tensor) else total
+        self.counts[name] += count
 
     def state(self)->dict[str, list[float]]: # name -> [sum, count]
         "Everything as plain numbers: one transfer, which waits for the device."
@@ -93,14 +92,17 @@ class Watch:
         norm:Tensor|None, # the gradient's norm; None under an fp16 scaler, where infinity is normal
     )->Tensor|None: # with a lag: 1.0 on the device if the step must leave no trace
         "Raises `LlmlabError` if this step (or, with a lag, one before it) is not finite."
-        numbers = losses if norm is None else torch.cat([losses, norm[None]])
-        bad = 1.-torch.isfinite(numbers).all().float()
+        finite = torch.isfinite(losses if norm is None else torch.cat([losses, norm[None]])).all()
+        if not self.lag:
+            if not finite: raise LlmlabError(_not_finite(step, micro, losses.tolist(), norm, self.folder))
+            return None
+        bad = 1.-finite.float()
         self.bad = bad if self.bad is None else torch.maximum(self.bad, bad) # once bad, always bad
-        arrives = torch.empty((), pin_memory=self.lag > 0 and bad.is_cuda).copy_(self.bad, non_blocking=True)
+        arrives = torch.empty((), pin_memory=bad.is_cuda).copy_(self.bad, non_blocking=True)
         event = torch.cuda.current_stream(bad.device).record_event() if bad.is_cuda else None
         self.waiting.append((step, micro, losses, norm, arrives, event))
         self.settle(self.lag)
-        return self.bad if self.lag else None
+        return self.bad
 
     def settle(self, keep:int=0)->None:
         "Read all answers but the newest `keep`; waits for the device if it must."
