@@ -260,7 +260,7 @@ class Screen:
 
 def _terminal_bar(total:int)->tuple:
     from rich.progress import BarColumn, Progress, TextColumn
-    bar = Progress(TextColumn('{task.description}', markup=False), BarColumn()) # what others print appears above it
+    bar = Progress(TextColumn('{task.description}', markup=False), BarColumn(), refresh_per_second=4) # what others print appears above it
     bar.start()
     return bar, bar.add_task('Starting', total=total)
 
