@@ -179,6 +179,29 @@ def test_one_record_a_step(tmp_path):
     assert (state.tokens, state.rows) == (10*4*8, 40) and state.seconds > 0
 
 
+def test_the_clock_counts_training_and_waiting_but_no_hooks_and_no_saving(monkeypatch):
+    "A clock that only sleeping moves: no measurement."
+    now = [0.]
+    def sleep(seconds): now[0] += seconds
+    monkeypatch.setattr(loop.time, 'perf_counter', lambda: now[0])
+    class Slow(Count):
+        def loss(self, network, batch, generator):
+            sleep(2)
+            return super().loss(network, batch, generator)
+    class Waits(Loader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                sleep(1)
+                yield batch
+    speeds = []
+    class Speed(Memory):
+        def log(self, metrics, step): sleep(1000); speeds.append(metrics.get('train/tokens_per_sec'))
+    network = net()
+    state = fit(network, Slow(), Waits(), build_optimizer(network, Optim()), total_steps=12, log_every=3, hooks=[every(2, lambda s: sleep(50) or {'val/loss': 1.})], save=lambda s: sleep(100), save_every=4,
+                tracker=Tracker([Speed()]))
+    assert state.seconds == 12*3 and [s for s in speeds if s] == [32/3]*4
+
+
 def test_the_logged_loss_is_the_mean_over_all_targets():
     network, memory, batches = net().eval(), Memory(), Loader()
     frozen = build_optimizer(network, Optim(lr=1e-30, weight_decay=0))

@@ -295,37 +295,43 @@ class Between:
     tracker: Tracker
     rate: Callable[[int], float]                        # step -> multiplier of the highest rate
     hooks: tuple[Hook, ...]                             # validations and the like
-    log: Hook                                           # when to log; what to log (the share of the peak) is ours
+    log: Hook                                           # when to log
     save: Hook|None                                     # when and how to write a checkpoint
     flops: float|None                                   # share of the peak that one token a second uses
 
     def _due(self, hooks:Iterable[Hook])->list[Hook]:
         due = [h for h in hooks if h.due(self.state.global_step, self.total)]
-        if due: self.watch.settle(); self.machine.wait(); self.clock.tick() # the time until here was training
+        if due: self.watch.settle(); self.machine.wait() # whatever was asked of the device is done, and was good
         return due
 
     def settle(self)->None:
         "Log line, hooks, checkpoint, each if it is due."
         state, metrics = self.state, {}
         if self._due([self.log]):
+            self.clock.tick()
             lr = self.optimizer.param_groups[0]['initial_lr']*self.rate(state.global_step-1)
             metrics = training_metrics(self.window.means(), lr, self.clock.speed(), self.flops, memory_gb(self.machine.device))
         if due := self._due(self.hooks):
+            self.clock.tick()
             for hook in due: metrics |= hook.do(state) or {}
-            self.network.train()
-        if metrics: self.tracker.log(metrics, state.global_step)
+            self.network.train(); self.clock.pause_ends()
+        if metrics: self.tracker.log(metrics, state.global_step); self.clock.pause_ends()
         state.settled = True
         if self.save and (self._due([self.save]) or state.best_step == state.global_step): self.write()
-        self.clock.pause_ends()
 
     def write(self)->Path|None:
         "Write a checkpoint now."
+        if not self.save: return None
         self.watch.settle()
         self.state.pending = self.window.state()
-        return self.save.do(self.state) if self.save else None
+        self.clock.tick()
+        path = self.save.do(self.state)
+        self.clock.pause_ends()
+        return path
 
     def stop(self, why:str)->None:
         "Write a checkpoint and raise `Stopped`."
+        if self.save: self.tracker.say(f'{why}: step {self.state.global_step:,} is done; saving, then leaving. (Ctrl-C now leaves without saving.)')
         raise Stopped(why, self.state.global_step, self.write())
 
 # %% ../../nbs/4_trainer/04_loop.ipynb #23eb7d93
