@@ -63,7 +63,7 @@ def concat(
 class Packed:
     "Rows of tokens and the spans in them; padding stands at the end of a row."
     tokens:np.ndarray    # [R, row_tokens] uint16 or uint32
-    row_spans:np.ndarray # [R+1] int64: the spans of row r are number row_spans[r] to row_spans[r+1]
+    row_spans:np.ndarray # [R+1] int32: the spans of row r are number row_spans[r] to row_spans[r+1]
     length:np.ndarray    # [S] int32: tokens of a span
     document:np.ndarray  # [S] int32: the document that it is a piece of
     start:np.ndarray     # [S] int32: the place of its first token in that document
@@ -105,7 +105,7 @@ def pack(
         document, start, length, row = (x[order] for x in (document, start, length, row))
     row_spans = np.searchsorted(row, np.arange(row.max(initial=-1)+2))
     tokens = _lay_out(documents, row_tokens, row_spans, document, start, length, pad_id)
-    return Packed(tokens, row_spans, *(x.astype(np.int32) for x in (length, document, start)), pad_id)
+    return Packed(tokens, *(x.astype(np.int32) for x in (row_spans, length, document, start)), pad_id)
 
 def _lay_out(documents, row_tokens, row_spans, document, start, length, pad_id)->np.ndarray: # [R, row_tokens]
     "Copy every span to its place: a slice at a time, which for spans of some length is as fast as memory."

@@ -1,0 +1,262 @@
+"The order is a pure function of seed and position; nothing of how the work is divided can be seen in it."
+import gc, json, threading, time
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch.testing import assert_close
+from llmlab.files import CacheError, hash_json
+from llmlab.packing.cache import DamagedChunk, digest
+from llmlab.packing.loader import Batch, Loader, Order, as_window, assemble, in_order, permutation
+from llmlab.packing.packer import pack
+
+class InMemory:
+    "What the loader needs of a cache, with chunks of given numbers of documents."
+    def __init__(self, documents_in_chunk, seq_len=7, seed=0, longest=20, strategy='best_fit'):
+        rng, self.seq_len, self.path = np.random.default_rng(seed), seq_len, 'memory'
+        docs = lambda n: [rng.integers(1, 50, rng.integers(2, longest)).astype(np.uint16) for _ in range(n)]
+        self.packed = [pack(docs(n), seq_len+1, strategy) for n in documents_in_chunk]
+        self.offsets = np.cumsum([0, *(p.num_rows for p in self.packed)])
+        self.num_rows, self.num_targets = int(self.offsets[-1]), sum(p.num_targets for p in self.packed)
+        self.meta = dict(split='train', dataset_name='memory', params=dict(chunk_rows=10, dtype='uint16'))
+        self.fingerprint, self.decoded = hash_json([digest(p) for p in self.packed]), []
+    def chunk(self, i, into=None):
+        self.decoded.append(i)
+        p = self.packed[i]
+        if into is not None: into[:] = p.tokens
+        return p
+    def info(self):
+        return dict(sequence_length=self.seq_len, tokenizer='t', total_chunks=len(self.packed), total_sequences=self.num_rows, fingerprint=self.fingerprint, path='memory')
+
+def rows_of(loader, n): return [r for _ in range(n) for r in next(loader).rows.tolist()]
+def same(a, b):
+    assert (a.num_targets, a.one_document) == (b.num_targets, b.one_document)
+    for k in ('tokens', 'targets', 'weights', 'document', 'rows'): assert_close(getattr(a, k), getattr(b, k), rtol=0, atol=0)
+
+chunks = st.lists(st.integers(1, 8), min_size=1, max_size=6)
+
+# --- batches
+
+def plain(packed, row, T):
+    "The same batch, one token at a time."
+    tokens, targets, weights, document = ([0]*T for _ in range(4))
+    owner, number = [-1]*(T+1), 0
+    at = 0
+    for number, s in enumerate(range(*packed.row_spans[row:row+2])):
+        for _ in range(packed.length[s]): owner[at] = number; at += 1
+    for t in range(T):
+        tokens[t], targets[t] = int(packed.tokens[row, t]), int(packed.tokens[row, t+1])
+        document[t] = owner[t]
+        weights[t] = float(owner[t] >= 0 and owner[t] == owner[t+1])
+    return tokens, targets, weights, document
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 1000), T=st.integers(2, 30), longest=st.sampled_from([3, 10, 80]), strategy=st.sampled_from(['best_fit', 'concat']), dtype=st.sampled_from([np.uint16, np.uint32]))
+def test_assembled_as_one_would_by_hand(seed, T, longest, strategy, dtype):
+    rng = np.random.default_rng(seed)
+    packed = pack([rng.integers(1, 60_000, rng.integers(2, longest)).astype(dtype) for _ in range(12)], T+1, strategy, pad_id=7)
+    index = rng.integers(0, packed.num_rows, 5)
+    b = assemble(as_window(packed, 100), index)
+    want = [plain(packed, r, T) for r in index]
+    for k, name in enumerate(('tokens', 'targets', 'weights', 'document')):
+        assert_close(getattr(b, name), torch.tensor([w[k] for w in want], dtype=torch.float32 if name == 'weights' else torch.int64), rtol=0, atol=0)
+        assert getattr(b, name).is_contiguous()
+    assert b.num_targets == int(b.weights.sum()) and b.rows.tolist() == (index+100).tolist()
+    assert b.one_document == (int(b.document.max()) == 0 and all(packed.row_spans[r+1]-packed.row_spans[r] == 1 for r in index))
+
+def test_batch_counts_its_own_targets_and_moves():
+    t = torch.ones(2, 3, dtype=torch.int64)
+    b = Batch(t, t, torch.tensor([[1., 0, 1], [0, 0, 1]]), t*0)
+    assert b.num_targets == 3 and b.rows is None
+    moved = b.to('meta')
+    assert moved.tokens.device.type == moved.weights.device.type == 'meta' and moved.num_targets == 3
+
+# --- order
+
+def test_permutation_stays_what_it_is():
+    assert [permutation(n, 0).tolist() for n in (0, 1, 2, 3)] == [[], [0], [1, 0], [1, 2, 0]]
+    assert permutation(10, 1337, 0).tolist() == [8, 7, 5, 4, 0, 6, 9, 2, 1, 3]
+    assert hash_json(permutation(100_000, 1, 2, 3).tolist()) == '7246f1995882913676b3c5fbb9b75f4d'
+
+def test_permutation_is_a_good_one():
+    n = 20_000
+    p, q = permutation(n, 1, 0), permutation(n, 1, 1)
+    assert (np.sort(p) == np.arange(n)).all() and not (p == q).all()
+    assert abs(np.corrcoef(np.arange(n), p)[0, 1]) < .03 and abs(np.corrcoef(p, q)[0, 1]) < .03
+    counts = np.zeros((8, 8))
+    for seed in range(4000): counts[np.arange(8), permutation(8, seed)] += 1
+    assert abs(counts/500 - 1).max() < .2 # 4000 tries, 500 expected in each cell: 4.7 standard deviations
+
+@settings(max_examples=150, deadline=None)
+@given(chunks, st.integers(1, 7), st.integers(0, 9), st.booleans(), st.data())
+def test_order_covers_every_epoch_exactly(chunk_rows, window, seed, shuffle, data):
+    order, n = Order(np.array(chunk_rows), seed, window, shuffle), sum(chunk_rows)
+    offsets = np.cumsum([0, *chunk_rows])
+    def rows(start, count):
+        out = []
+        for chunks, index in order.parts(start, count):
+            all_rows = np.concatenate([np.arange(offsets[c], offsets[c+1]) for c in chunks])
+            out += all_rows[index].tolist()
+        return out
+    stream = rows(0, 3*n)
+    for e in range(3): assert sorted(stream[e*n:(e+1)*n]) == list(range(n))
+    if not shuffle: assert stream[:n] == list(range(n))
+    start = data.draw(st.integers(0, 2*n))
+    assert rows(start, n) == stream[start:start+n]
+    split = data.draw(st.integers(0, n))
+    assert rows(start, split) + rows(start+split, n-split) == stream[start:start+n]
+
+# --- the loader
+
+@settings(max_examples=60, deadline=None)
+@given(chunks, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 5))
+def test_division_of_work_does_not_show(documents, batch_rows, world, accumulation, window, seed):
+    cache, steps = InMemory(documents), 4
+    N = batch_rows*world*accumulation
+    whole = Loader(cache, N, seed=seed, workers=0, window=window)
+    ranks = [Loader(cache, batch_rows, seed=seed, rank=r, world=world, workers=0, window=window) for r in range(world)]
+    for _ in range(steps):
+        together = [r for _ in range(accumulation) for rank in ranks for r in rows_of(rank, 1)]
+        assert together == rows_of(whole, 1)
+    assert len({rank.position for rank in ranks} | {whole.position}) == 1
+
+@settings(max_examples=60, deadline=None)
+@given(chunks, st.integers(1, 5), st.integers(1, 4), st.booleans())
+def test_every_row_once_an_epoch(documents, batch_rows, window, shuffle):
+    cache = InMemory(documents)
+    loader = Loader(cache, batch_rows, seed=3, workers=0, window=window, shuffle=shuffle)
+    stream = rows_of(loader, -(-2*cache.num_rows//batch_rows))
+    n = cache.num_rows
+    assert sorted(stream[:n]) == sorted(stream[n:2*n]) == list(range(n))
+    if shuffle and n > 12: assert stream[:n] != stream[n:2*n]
+
+def test_weights_of_an_epoch_are_the_targets_of_the_cache():
+    for strategy in ('best_fit', 'concat'):
+        cache = InMemory([5, 9, 2], strategy=strategy)
+        assert sum(next(loader).num_targets for loader in [Loader(cache, 1, seed=0, workers=0)] for _ in range(cache.num_rows)) == cache.num_targets
+        assert sum(int(b.weights.sum()) for b in in_order(cache, 4)) == cache.num_targets
+
+@pytest.mark.parametrize('workers', [0, 1, 3])
+def test_resume_at_every_index(workers):
+    cache, n = InMemory([6, 3, 8, 4], seq_len=15), 30
+    whole = Loader(cache, 3, seed=5, workers=0, window=2)
+    states, batches = [], []
+    for _ in range(n):
+        states.append(json.loads(json.dumps(whole.state_dict())))
+        batches.append(next(whole))
+    live = Loader(cache, 3, seed=5, workers=workers, window=2)
+    for b, s in zip(batches, states):
+        assert live.state_dict() == s
+        same(next(live), b)
+    for i in range(0, n, 1 if workers == 0 else 3):
+        resumed = Loader(cache, 3, seed=5, workers=workers)
+        resumed.load_state_dict(states[i])
+        for b in batches[i:i+4]: same(next(resumed), b)
+        resumed.close()
+    live.load_state_dict(states[2]) # backwards, with a thread already ahead
+    same(next(live), batches[2])
+    live.close()
+
+def test_resume_with_other_ranks_and_rows():
+    cache = InMemory([9, 9, 9])
+    stream = rows_of(Loader(cache, 1, seed=2, workers=0), 60)
+    loader = Loader(cache, 5, seed=2)
+    assert rows_of(loader, 2) == stream[:10]
+    state = loader.state_dict()
+    ranks = [Loader(cache, 2, seed=2, rank=r, world=3) for r in range(3)]
+    for rank in ranks: rank.load_state_dict(state)
+    assert [r for rank in ranks for r in rows_of(rank, 1)] == stream[10:16]
+
+def test_resume_far_away_is_as_quick_as_at_the_start():
+    cache = InMemory([20]*30)
+    loader = Loader(cache, 2, seed=0, workers=0, window=3)
+    loader.load_state_dict(loader.state_dict() | {'position': 10**15})
+    cache.decoded.clear()
+    next(loader)
+    assert len(cache.decoded) <= 6 and loader.position == 10**15+2
+
+@pytest.mark.parametrize('fraction', [.1, .33, .8, 1])
+def test_fraction_only_measures_the_epoch(fraction):
+    cache = InMemory([10, 12, 9])
+    loader = Loader(cache, 1, seed=1, workers=0, fraction=fraction)
+    assert loader.rows_per_epoch == int(cache.num_rows*fraction)
+    assert rows_of(loader, 40) == rows_of(Loader(cache, 1, seed=1, workers=0), 40)
+
+def test_one_window_is_decoded_once_and_only_one_is_held():
+    cache = InMemory([5, 5, 5, 5])
+    loader = Loader(cache, 2, seed=1, workers=0)
+    rows_of(loader, 3*cache.num_rows)
+    assert sorted(cache.decoded) == [0, 1, 2, 3]
+    cache.decoded.clear()
+    loader = Loader(cache, 2, seed=1, workers=0, window=1)
+    rows_of(loader, cache.num_rows//2)
+    assert sorted(cache.decoded) == [0, 1, 2, 3]
+
+@settings(max_examples=40, deadline=None)
+@given(chunks, st.integers(1, 9), st.one_of(st.none(), st.integers(0, 30)))
+def test_in_order(documents, batch_rows, limit):
+    cache = InMemory(documents)
+    n = cache.num_rows if limit is None else min(limit, cache.num_rows)
+    sizes = [len(b.tokens) for b in in_order(cache, batch_rows, limit)]
+    assert sum(sizes) == n and all(s == batch_rows for s in sizes[:-1])
+    assert [r for b in in_order(cache, batch_rows, limit) for r in b.rows.tolist()] == list(range(n))
+
+# --- refusals, threads
+
+def test_refusals():
+    cache = InMemory([4, 4])
+    state = Loader(cache, 2, seed=1, workers=0).state_dict()
+    for other, field in ((InMemory([4, 4], seq_len=8), 'sequence_length'), (InMemory([4]), 'total_chunks'), (InMemory([4, 4], seed=9), 'total_sequences|fingerprint')):
+        with pytest.raises(CacheError, match=field): Loader(other, 2, seed=1).load_state_dict(state)
+    with pytest.raises(CacheError, match='run.seed=1'): Loader(cache, 2, seed=2).load_state_dict(state)
+    with pytest.raises(CacheError, match='has no rows'): Loader(InMemory([0]), 2, seed=2)
+    assert list(in_order(InMemory([0]), 2)) == []
+
+def loader_threads(): return [t for t in threading.enumerate() if t.name.startswith('loader')]
+
+def gone(deadline=5.):
+    end = time.monotonic()+deadline
+    while loader_threads() and time.monotonic() < end: gc.collect(); time.sleep(.01)
+    return not loader_threads()
+
+def test_threads_end():
+    assert gone()
+    loader = Loader(InMemory([9]), 2, seed=1)
+    next(loader)
+    assert loader_threads()
+    loader.close()
+    assert gone()
+    next(loader)              # goes on
+    assert loader.position == 4
+    del loader                # nobody called close
+    assert gone()
+
+@pytest.mark.parametrize('workers', [0, 1, 2])
+def test_error_comes_up_where_the_batch_was_due_and_nothing_is_skipped(workers):
+    cache = InMemory([9, 9, 9])
+    want = rows_of(Loader(cache, 2, seed=1, workers=0, window=1), 10)
+    loader, chunk = Loader(cache, 2, seed=1, workers=workers, window=1), cache.chunk
+    got = rows_of(loader, 1)
+    def broken(i, into=None): raise DamagedChunk('packed_chunk_000001.pt', 'is missing')
+    cache.chunk = broken
+    raised = 0
+    while len(got) < 20:
+        try: got += rows_of(loader, 1)
+        except DamagedChunk:
+            raised += 1
+            if raised == 3: cache.chunk = chunk
+            position = loader.position
+            assert position == len(got)
+    assert raised == 3 and got == want
+    loader.close()
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    cache = InMemory([9, 9, 9], seq_len=63, longest=200)
+    want = [next(loader) for loader in [Loader(cache, 4, seed=1, workers=0)] for _ in range(50)]
+    for workers, prefetch in ((1, True), (1, False), (0, True)):
+        loader = Loader(cache, 4, seed=1, workers=workers, device='cuda', device_prefetch=prefetch)
+        for w in want:
+            b = next(loader)
+            assert b.tokens.is_cuda and b.weights.is_cuda and not b.rows.is_cuda
+            torch.cuda._sleep(100_000) # the stream is busy: the copy of the next batch must not disturb this one
+            same(b.to('cpu'), w)
+        loader.close()
