@@ -4,8 +4,13 @@ from collections import Counter
 from fractions import Fraction
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from llmlab.eval.metrics import baselines, bits_per_byte, count_pairs, discounts, fit_bigram, mean, pairs, perplexity, smooth, standard_error
+from llmlab.eval.metrics import baselines, bits_per_byte, byte_lengths, count_pairs, discounts, fit_bigram, mean, pairs, perplexity, smooth, standard_error
+from llmlab import tiny
+from llmlab.data.corpora import open_corpus
+from llmlab.data.tokenizer import build_tokenizer
 from llmlab.files import DataError
+from llmlab.packing.cache import build_cache
+from llmlab.packing.loader import in_order
 from llmlab.packing.packer import STRATEGIES, pack
 
 V = 9
@@ -110,6 +115,29 @@ def test_a_known_source():
     truth = -np.log(table[chain]).mean()
     assert truth < losses['bigram'] < truth+.005
     assert losses['unigram'] > truth+.5
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+@pytest.mark.parametrize('rows', [None, 1, 10, 10_000])
+def test_the_targets_are_those_of_the_loader(strategy, rows, tmp_path):
+    "The bigram is scored on what the network is scored on: the same inputs, targets and weights."
+    cfg = tiny.config('tokenizer.kind=byte', 'data.max_documents=60', 'packing.chunk_rows=8', f'packing.strategy={strategy}', f'packing.folder={tmp_path}')
+    corpus = open_corpus(cfg.data)
+    tokenizer = build_tokenizer(cfg.tokenizer, corpus)
+    train, cache = (build_cache(corpus, tokenizer, cfg.packing, split) for split in ('train', 'validation'))
+    def chunks(c): return map(c.chunk, range(len(c.chunks)))
+    seen = Counter()
+    for b in in_order(cache, 3, rows):
+        scored = b.weights > 0
+        seen.update(zip(b.tokens[scored].tolist(), b.targets[scored].tolist()))
+    losses = baselines(chunks(train), chunks(cache), tokenizer.vocab_size, rows)
+    assert losses['targets'] == sum(seen.values())
+    model = fit_bigram(*count_pairs(chunks(train), tokenizer.vocab_size), tokenizer.vocab_size)
+    context, target = np.array(list(seen.elements())).T
+    assert losses['bigram'] == pytest.approx(model.nats(context, target).mean())
+    if rows is None: # all targets: every byte of the text once, and an end for each document
+        lengths = byte_lengths(tokenizer)
+        assert lengths[target].sum() == cache.text_bytes
 
 
 def test_large_vocabulary():
