@@ -1,10 +1,13 @@
 "The order is a pure function of seed and position; nothing of how the work is divided can be seen in it."
 import gc, json, threading, time
 import numpy as np, pytest, torch
+from llmlab import config
+from llmlab.data.corpora import open_corpus
+from llmlab.data.tokenizer import build_tokenizer
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 from llmlab.files import CacheError, hash_json
-from llmlab.packing.cache import DamagedChunk, digest
+from llmlab.packing.cache import DamagedChunk, build_cache, digest
 from llmlab.packing.loader import Batch, Loader, Order, as_window, assemble, in_order, permutation
 from llmlab.packing.packer import pack
 
@@ -198,6 +201,21 @@ def test_in_order(documents, batch_rows, limit):
     sizes = [len(b.tokens) for b in in_order(cache, batch_rows, limit)]
     assert sum(sizes) == n and all(s == batch_rows for s in sizes[:-1])
     assert [r for b in in_order(cache, batch_rows, limit) for r in b.rows.tolist()] == list(range(n))
+
+@pytest.mark.parametrize('workers', [0, 1, 2])
+def test_from_disk(tmp_path, workers):
+    corpus = open_corpus(config.Data(name='stories', max_documents=200, validation_fraction=.1))
+    tokenizer = build_tokenizer(config.Tokenizer(kind='byte'), corpus)
+    cache = build_cache(corpus, tokenizer, config.Packing(seq_len=48, chunk_rows=100, folder=str(tmp_path)))
+    stored = np.concatenate([cache.chunk(i).tokens for i in range(len(cache.chunks))])
+    loader, seen = Loader(cache, 7, seed=1, workers=workers, window=3), []
+    for _ in range(2*cache.num_rows//7):
+        b = next(loader)
+        seen += b.rows.tolist()
+        assert (b.tokens.numpy() == stored[b.rows.numpy(), :-1]).all() and (b.targets.numpy() == stored[b.rows.numpy(), 1:]).all()
+    assert sorted(seen[:cache.num_rows]) == list(range(cache.num_rows))
+    assert seen == rows_of(Loader(cache, 1, seed=1, workers=0, window=3), len(seen))
+    loader.close()
 
 # --- refusals, threads
 

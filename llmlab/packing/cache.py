@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 import lz4.block
 import numpy as np
-from .. import config
+from ..config import Packing
 from ..data.corpora import Corpus, Document
 from ..data.tokenizer import Tokenizer
 from ..files import CacheError, disk_errors, hash_bytes, hash_file, hash_json, read_json, sweep, write_json, write_whole
@@ -73,7 +73,7 @@ def sealed(obj:dict)->dict:
     "`obj` with a checksum of itself."
     return obj | {'checksum': hash_json(obj)}
 
-def is_sealed(obj)->bool:
+def is_sealed(obj:object)->bool:
     "Whether `obj` is what was sealed."
     return isinstance(obj, dict) and obj.get('checksum') == hash_json({k: v for k, v in obj.items() if k != 'checksum'})
 
@@ -178,16 +178,16 @@ def deal(
             chunk, size = [], 0
     if chunk: yield chunk
 
-# %% ../../nbs/2_packing/01_cache.ipynb #27d797ec
+# %% ../../nbs/2_packing/01_cache.ipynb #df1d3930
 def identity(
-    corpus:Corpus, tokenizer:Tokenizer, packing:config.Packing,
+    corpus:Corpus, tokenizer:Tokenizer, packing:Packing,
 )->dict:
     "Everything that the rows depend on, but for the split."
     return dict(format=FORMAT, corpus=corpus.fingerprint, tokenizer=tokenizer.fingerprint, seq_len=packing.seq_len,
         strategy=packing.strategy, chunk_rows=packing.chunk_rows, codec=packing.codec)
 
 def cache_folder(
-    corpus:Corpus, tokenizer:Tokenizer, packing:config.Packing,
+    corpus:Corpus, tokenizer:Tokenizer, packing:Packing,
     split:str='train', # train or validation
 )->Path:
     "Where the cache of these rows is, or will be."
@@ -195,14 +195,17 @@ def cache_folder(
     name = re.sub(r'[^\w.-]+', '_', corpus.name)+'-'+hash_json(identity(corpus, tokenizer, packing))[:8]
     return Path(packing.folder)/'packed_sequences'/str(packing.seq_len)/(name if split == 'train' else name+'-validation')
 
-# %% ../../nbs/2_packing/01_cache.ipynb #a9042202
+# %% ../../nbs/2_packing/01_cache.ipynb #db9aa4e4
 METADATA = 'cache_metadata.json'
 
-def chunk_name(number:int)->str: return f'packed_chunk_{number:06d}.pt'
+def chunk_name(number:int)->str:
+    "File name of a chunk."
+    return f'packed_chunk_{number:06d}.pt'
+
 def _now()->str: return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
 
 def new_metadata(
-    corpus:Corpus, tokenizer:Tokenizer, packing:config.Packing, split:str,
+    corpus:Corpus, tokenizer:Tokenizer, packing:Packing, split:str,
 )->dict:
     "The metadata of a cache without chunks. Reads the first megabyte of the corpus."
     ratio = bytes_per_token(corpus.iterate(split), tokenizer)
@@ -353,7 +356,7 @@ class _Build:
     "A build under way."
     corpus:Corpus
     tokenizer:Tokenizer
-    packing:config.Packing
+    packing:Packing
     folder:Path
     meta:dict                  # the metadata; its chunks grow
     tell:Callable[[dict],None] # progress
@@ -442,7 +445,7 @@ def _alone(folder:Path, tell:Callable[[dict],None])->Iterator[None]:
 def build_cache(
     corpus:Corpus,          # the documents
     tokenizer:Tokenizer,    # makes them ids
-    packing:config.Packing, # rows, chunks, folder
+    packing:Packing, # rows, chunks, folder
     split:str='train',      # train or validation
     progress:Callable[[dict],None]|None=None, # told now and then: status, chunks, documents, text_bytes of size_bytes, tokens, rows, ...
     force:bool=False,       # throw away what is there

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW_TOKENS', 'Batch', 'Window', 'as_window', 'assemble', 'permutation', 'Order', 'join_batches', 'load_window',
-           'Reader', 'Ahead', 'check_same', 'Loader', 'received', 'in_order']
+           'Reader', 'Ahead', 'check_same', 'window_chunks', 'Loader', 'received', 'in_order']
 
 # %% ../../nbs/2_packing/02_loader.ipynb #07c236ac
 import functools
@@ -74,14 +74,15 @@ def assemble(
     stored = window.tokens.take(index, axis=0)
     first = window.first[index]
     spans = window.first[index+1] - first                               # in every row, padding included
-    span = np.repeat(first-np.cumsum(spans)+spans, spans) + np.arange(spans.sum())
+    ends = np.cumsum(spans)
+    span = np.repeat(first-ends+spans, spans) + np.arange(ends[-1])
     number = np.repeat(window.number[span], window.length[span])        # of every stored token, row after row
     counts = np.empty(len(number), bool)
     np.equal(number[:-1], number[1:], out=counts[:-1])                  # (the last token of a row is no input)
     counts &= number >= 0
     inputs = lambda of_stored, dtype: torch.from_numpy(of_stored.reshape(shape)[:, :-1].astype(dtype))
     return Batch(inputs(stored, np.int64), torch.from_numpy(stored[:, 1:].astype(np.int64)), inputs(counts, np.float32), inputs(number, np.int64),
-        torch.from_numpy(window.rows[index]), one_document=bool(spans.max() <= 2), num_targets=int(window.targets[index].sum()))
+        torch.from_numpy(window.rows[index]), one_document=bool(ends[-1] == 2*len(index)), num_targets=int(window.targets[index].sum()))
 
 # %% ../../nbs/2_packing/02_loader.ipynb #4c27886c
 def permutation(
@@ -143,29 +144,40 @@ def join_batches(parts:list[Batch])->Batch:
 def load_window(
     cache:Cache,            # where the rows are
     chunks:tuple[int,...],  # which chunks
+    tokens:np.ndarray,      # [>=N, row_tokens] memory for their rows
     threads:int=1,          # that decode
 )->Window:
     "Decode some chunks into one window. Raises `DamagedChunk`."
-    if len(chunks) == 1: return as_window(cache.chunk(chunks[0]), int(cache.offsets[chunks[0]]))
     ends = np.cumsum([0, *np.diff(cache.offsets)[list(chunks)]])
-    tokens = np.empty((ends[-1], cache.seq_len+1), cache.meta['params']['dtype'])
     def decode(i:int)->Window: return as_window(cache.chunk(chunks[i], into=tokens[ends[i]:ends[i+1]]), int(cache.offsets[chunks[i]]))
-    with ThreadPoolExecutor(threads) as pool: parts = list(pool.map(decode, range(len(chunks))))
+    if threads == 1: parts = [decode(i) for i in range(len(chunks))] # (a new thread starts with cold memory: a third slower)
+    else:
+        with ThreadPoolExecutor(threads) as pool: parts = list(pool.map(decode, range(len(chunks))))
     spans = np.cumsum([0, *(len(p.length) for p in parts)])
     first = np.concatenate([*(p.first[:-1]+s for p, s in zip(parts, spans)), spans[-1:]])
-    return Window(tokens, first, *(np.concatenate([getattr(p, k) for p in parts]) for k in ('length', 'number', 'rows', 'targets')))
+    return Window(tokens[:ends[-1]], first, *(np.concatenate([getattr(p, k) for p in parts]) for k in ('length', 'number', 'rows', 'targets')))
 
-# %% ../../nbs/2_packing/02_loader.ipynb #effb1e10
+# %% ../../nbs/2_packing/02_loader.ipynb #8fdf85bf
 class Reader:
-    "Batches by position."
-    def __init__(self, cache:Cache, order:Order, threads:int=1):
-        self.cache, self.order, self.threads, self._chunks, self._window = cache, order, threads, None, None
+    "Batches by position, from memory that holds one window."
+    def __init__(self,
+        cache:Cache,      # the rows
+        seed:int,         # of the order
+        window:int,       # chunks that are shuffled together
+        shuffle:bool=True, # False: as the rows lie in the cache
+        threads:int=1,    # that decode
+    ):
+        chunk_rows = np.diff(cache.offsets)
+        self.cache, self.order, self.threads = cache, Order(chunk_rows, seed, window, shuffle), threads
+        largest = int(np.sort(chunk_rows)[-self.order.window:].sum())
+        self._tokens = np.empty((largest, cache.seq_len+1), cache.meta['params']['dtype']) # used again for each window: new memory costs time
+        self._chunks, self._window = None, None
 
     def window(self, chunks:tuple[int,...])->Window:
-        "The window of these chunks; the one before it is let go first."
+        "The window of these chunks. It takes the place of the one before."
         if chunks != self._chunks:
-            self._chunks = self._window = None
-            self._window = load_window(self.cache, chunks, self.threads)
+            self._chunks = None
+            self._window = load_window(self.cache, chunks, self._tokens, self.threads)
             self._chunks = chunks
         return self._window
 
@@ -211,11 +223,26 @@ def check_same(
         if now[k] != seen[k]: raise CacheError(f'{cache.path} is not the cache that the checkpoint was made with: its {k} is {now[k]!r}, it was {seen[k]!r} '
             f'(then at {seen["path"]}). Resume with the data, tokenizer and packing of then, or start a new run.')
 
+def _check_order(state:dict, seed:int, shuffle:bool)->None:
+    if (state['seed'], state['shuffle']) != (seed, shuffle): raise CacheError(f'the checkpoint was made with the order of seed {state["seed"]}, '
+        f'shuffle {state["shuffle"]}; this run has seed {seed}, shuffle {shuffle}. Set run.seed={state["seed"]}, or start a new run.')
+
+def _check_rows(cache:Cache)->None:
+    if not cache.num_rows: raise CacheError(f'{cache.path} has no rows: the {cache.meta["split"]} split of {cache.meta["dataset_name"]} '
+        'holds no document. Give more text, or another data.validation_fraction.')
+
 # %% ../../nbs/2_packing/02_loader.ipynb #75b34a78
 WINDOW_TOKENS = 1 << 27 # tokens that are shuffled together: 256 MiB in 16 bits
 
+def window_chunks(
+    cache:Cache, # the rows
+)->int:
+    "How many of its chunks are shuffled together, where nobody says otherwise: as many as `WINDOW_TOKENS` make."
+    return max(1, WINDOW_TOKENS//(cache.meta['params']['chunk_rows']*(cache.seq_len+1)))
+
+# %% ../../nbs/2_packing/02_loader.ipynb #7e22ff82
 class Loader:
-    "Endless batches of one rank."
+    "Endless batches of one rank. `position` counts the rows that all ranks were given so far."
     def __init__(self,
         cache:Cache,          # the rows
         batch_rows:int,       # rows in a micro-batch of this rank
@@ -228,22 +255,21 @@ class Loader:
         device:str|torch.device='cpu', # where the batches go
         device_prefetch:bool=True,     # CUDA, with workers: copy from pinned memory while earlier batches are computed
         fraction:float=1.,    # share of the rows that counts as one epoch
-        window:int|None=None, # chunks that are shuffled together; None: as many as WINDOW_TOKENS make
+        window:int|None=None, # chunks that are shuffled together; None: `window_chunks`
     ):
-        if not cache.num_rows: raise CacheError(f'{cache.path} has no rows: the {cache.meta["split"]} split of {cache.meta["dataset_name"]} holds no document. '
-            'Give more text, or another data.validation_fraction.')
         assert batch_rows > 0 and 0 <= rank < world and 0 < fraction <= 1, (batch_rows, rank, world, fraction)
+        _check_rows(cache)
         self.cache, self.batch_rows, self.rank, self.world, self.workers = cache, batch_rows, rank, world, workers
         self.seed, self.shuffle, self.device = seed, shuffle, torch.device(device)
-        self.window = window or max(1, WINDOW_TOKENS//(cache.meta['params']['chunk_rows']*(cache.seq_len+1)))
         self.rows_per_epoch = max(1, int(cache.num_rows*fraction))
-        self.position = 0 # rows given to all ranks so far
         self._copies = torch.cuda.Stream(self.device) if self.device.type == 'cuda' and device_prefetch and workers else None
         self._ahead = Ahead(self._make, batch_rows*world, workers)
-        self._reader = self._new_reader()
+        self._go_to(0, window or window_chunks(cache))
 
-    def _new_reader(self)->Reader:
-        return Reader(self.cache, Order(np.diff(self.cache.offsets), self.seed, self.window, self.shuffle), max(1, self.workers))
+    def _go_to(self, position:int, window:int)->None:
+        self.close()
+        self.position, self.window = position, window
+        self._reader = Reader(self.cache, self.seed, window, self.shuffle, max(1, self.workers))
 
     def _make(self, position:int)->tuple[Batch,'torch.cuda.Event|None']: # the batch, on its way to the device; the event of its arrival
         batch = self._reader.batch(position + self.rank*self.batch_rows, self.batch_rows)
@@ -265,11 +291,8 @@ class Loader:
     def load_state_dict(self, state:dict)->None:
         "Go to where a state was taken, with any number of ranks and rows. Raises `CacheError` where that order does not exist here."
         check_same(self.cache, state['cache'])
-        if (state['seed'], state['shuffle']) != (self.seed, self.shuffle): raise CacheError(f'the checkpoint was made with the order of seed {state["seed"]}, '
-            f'shuffle {state["shuffle"]}; this run has seed {self.seed}, shuffle {self.shuffle}. Set run.seed={state["seed"]}, or start a new run.')
-        self.close()
-        self.window, self.position = state['window'], state['position']
-        self._reader = self._new_reader()
+        _check_order(state, self.seed, self.shuffle)
+        self._go_to(state['position'], state['window'])
 
     def close(self)->None:
         "End the background thread. `next` starts it again."
@@ -295,6 +318,6 @@ def in_order(
     device:str|torch.device='cpu', # where the batches go
 )->Iterator[Batch]:
     "The rows of a cache once, as they lie in it; the last batch may be short. Raises `DamagedChunk`."
-    reader = Reader(cache, Order(np.diff(cache.offsets), 0, 1, shuffle=False))
+    reader = Reader(cache, seed=0, window=1, shuffle=False)
     num_rows = cache.num_rows if limit is None else min(limit, cache.num_rows)
     for start in range(0, num_rows, batch_rows): yield reader.batch(start, min(batch_rows, num_rows-start)).to(device)
