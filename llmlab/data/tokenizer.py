@@ -198,7 +198,9 @@ def _from_json(description:dict):
     "The Hugging Face tokenizer inside of a description."
     from tokenizers import Tokenizer as HF
     try: return HF.from_str(json.dumps(description['tokenizer']))
-    except Exception as e: raise ValueError(f'not a Hugging Face tokenizer: {e}') from e # the library has no narrower class
+    except BaseException as e: # the library raises bare Exception, and its panics are not even that
+        if isinstance(e, (KeyboardInterrupt, SystemExit)): raise
+        raise ValueError(f'not a Hugging Face tokenizer: {e}') from e
 
 def _bpe(description:dict)->Tokenizer:
     model, special = description['tokenizer']['model'], description['special']
@@ -289,7 +291,7 @@ def _piece(token:str, marks:str)->bytes:
 def _hf(description:dict)->Tokenizer:
     hf, special, vocab_size = _from_json(description), description['special'], description['vocab_size']
     names = {i: t for t, i in hf.get_vocab().items()}
-    if set(special) != set(SPECIALS) or not all(i in names for i in special.values()) or vocab_size != max(names)+1 or vocab_size > 1<<24: raise ValueError('special tokens are missing, or the vocabulary has another size')
+    if not all(i in names for i in special.values()) or vocab_size != max(names)+1 or vocab_size > 1<<24: raise ValueError('special tokens are missing, or the vocabulary has another size')
     hf.no_padding(); hf.no_truncation()
     marks = json.dumps(description['tokenizer'].get('decoder'))
     ordinary = [_piece(names[i], marks) if i in names else b'' for i in range(vocab_size)]
@@ -299,13 +301,21 @@ def _hf(description:dict)->Tokenizer:
 # %% ../../nbs/1_data/01_tokenizer.ipynb #5ba3c5b5
 _kinds:dict[str, Callable[[dict], Tokenizer]] = {'byte': _byte, 'char': _char, 'bpe': _bpe, 'hf': _hf}
 
+def _check_types(description:dict)->None:
+    "The fields that all kinds have."
+    if type(description['engine']) is not str or type(description['vocab_size']) is not int: raise TypeError('engine is text and vocab_size a whole number')
+    special = description['special']
+    if set(special) != set(SPECIALS) or not all(type(i) is int and 0 <= i < description['vocab_size'] for i in special.values()): raise ValueError(f'special must give an id to each of {", ".join(SPECIALS)}')
+
 def _build(description:dict, place:Path)->Tokenizer:
     "The tokenizer of a description that was read from `place`."
     if description.get('format') != FORMAT: raise DataError(f'{place} is not a tokenizer that llmlab saved.' + (' It is one of Hugging Face: set tokenizer.kind=hf.' if 'model' in description else ''))
-    if description.get('kind') not in _kinds: raise DataError(f'{place}: unknown kind {description.get("kind")!r}; llmlab knows {", ".join(_kinds)}.')
+    if description.get('kind') not in list(_kinds): raise DataError(f'{place}: unknown kind {description.get("kind")!r}; llmlab knows {", ".join(_kinds)}.')
     if description.get('fingerprint') != _fingerprint(description): raise DataError(f'{place} was changed or damaged: its content does not have the fingerprint that it states. Copy it again, or train it anew.')
     known = {k: v for k, v in description.items() if k != 'fingerprint'}
-    try: return _kinds[known['kind']](known)
+    try:
+        _check_types(known)
+        return _kinds[known['kind']](known)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e: raise DataError(f'{place} is not a sound {known["kind"]} tokenizer ({type(e).__name__}: {str(e):.200}). Copy it again, or train it anew.') from e
 
 def load_tokenizer(
