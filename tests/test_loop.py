@@ -1,6 +1,5 @@
 "The loop: the same gradient however it is cut, the same bits after a stop, signals, numbers that are not."
 import math, os, signal, subprocess, sys, threading, time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from llmlab.config import Optim
 from llmlab.files import ConfigError, LlmlabError, read_jsonl
+from llmlab.packing.loader import Batch
 from llmlab.trainer import loop
 from llmlab.trainer.checkpoint import TrainState, capture, checkpointer, latest, load_checkpoint, restore
 from llmlab.trainer.loop import Limit, Watch, Window, accumulate, every, fit, parse_limit, stop_signals
@@ -19,16 +19,6 @@ from llmlab.trainer.optim import build_optimizer, rate_at
 from llmlab.trainer.tracking import Files, Stopped, Tracker
 
 root = Path(__file__).resolve().parent.parent
-
-
-@dataclass
-class Rows:
-    tokens: Tensor
-    targets: Tensor
-    weights: Tensor
-    @property
-    def num_targets(self): return int(self.weights.sum())
-    def to(self, device): return self
 
 
 class Sum(NamedTuple):
@@ -59,7 +49,7 @@ class Loader:
             g = torch.Generator().manual_seed(self.place)
             self.place += 1
             text = (1+2*torch.randint(2, (self.B, self.T+1), generator=g)).cumsum(1) % self.V
-            yield Rows(text[:, :-1], text[:, 1:], (torch.rand(self.B, self.T, generator=g) > .3).float())
+            yield Batch(text[:, :-1], text[:, 1:], (torch.rand(self.B, self.T, generator=g) > .3).float(), torch.zeros(self.B, self.T, dtype=torch.int64))
     def state_dict(self): return {'place': self.place}
     def load_state_dict(self, state): self.place = state['place']
 
@@ -87,8 +77,9 @@ def test_the_gradient_does_not_depend_on_the_cut(cuts, seed):
     loader.place = seed
     whole = next(iter(loader))
     whole.weights[seed % 8] = 0 # a row without targets
+    whole.num_targets = int(whole.weights.sum())
     edges = [0, *sorted(cuts), 8]
-    pieces = [Rows(*(t[a:b] for t in (whole.tokens, whole.targets, whole.weights))) for a, b in zip(edges, edges[1:])]
+    pieces = [Batch(*(t[a:b] for t in (whole.tokens, whole.targets, whole.weights, whole.document))) for a, b in zip(edges, edges[1:])]
     a, b = net().double().eval(), net().double().eval()
     one, sums = accumulate(Count().loss, a, [whole])
     many, parts = accumulate(Count().loss, b, pieces)
@@ -100,6 +91,7 @@ def test_the_gradient_does_not_depend_on_the_cut(cuts, seed):
 def test_a_step_without_targets_moves_nothing_by_gradient():
     network, batch = net(), next(iter(Loader()))
     batch.weights[:] = 0
+    batch.num_targets = 0
     accumulate(Count().loss, network, [batch])
     assert all((p.grad == 0).all() for p in network.parameters())
 

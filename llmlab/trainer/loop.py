@@ -16,17 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from ..files import ConfigError, LlmlabError, write_whole
+from ..packing.loader import Batch
 from .checkpoint import TrainState
 from .machine import Machine, matmul_peak, memory_gb
 from .optim import JointOptimizer, clip_gradients
 from .tracking import Stopped, Tracker
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #53615cd9
+# %% ../../nbs/4_trainer/04_loop.ipynb #a04928c7
 def take(
-    batches:Iterator, # endless
+    batches:Iterator[Batch], # endless
     num:int, # micro-batches in a step
     device:torch.device|str='cpu', # where the network is
-)->list: # of batches on the device
+)->list[Batch]: # on the device
     "The micro-batches of one step."
     try: return [next(batches).to(device) for _ in range(num)]
     except StopIteration as e: raise LlmlabError('the batches ran out in the middle of training: give `fit` an endless iterator, or fewer steps.') from e
@@ -34,7 +35,7 @@ def take(
 def accumulate(
     loss_of:Callable, # (network, batch, generator) -> sum, count, parts: the loss of an objective
     network:nn.Module, # its gradients are added to
-    micro:list, # the micro-batches of one step
+    micro:list[Batch], # the micro-batches of one step
     machine:Machine=Machine(), # format of the forward pass
     scaler:torch.amp.GradScaler|None=None, # fp16: scales the loss
     generator:torch.Generator|None=None, # for objectives that draw
@@ -87,7 +88,7 @@ class Watch:
 
     def look(self,
         step:int, # number of the step that is about to happen
-        micro:list, # its micro-batches
+        micro:list[Batch], # its micro-batches
         losses:Tensor, # [micro-batches] sums of losses
         norm:Tensor|None, # the gradient's norm; None under an fp16 scaler, where infinity is normal
     )->Tensor|None: # with a lag: 1.0 on the device if the step must leave no trace
@@ -111,10 +112,10 @@ class Watch:
             if event: event.synchronize()
             if arrives.item(): raise LlmlabError(_not_finite(step, micro, losses.tolist(), norm, self.folder))
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #cabe9a8c
+# %% ../../nbs/4_trainer/04_loop.ipynb #171067c0
 def keep_batch(
     path:Path, # a .safetensors file
-    micro:list, # the micro-batches
+    micro:list[Batch], # the micro-batches
 )->Path: # the same path
     "Keep batches for a later look: a file of tensors named `0.tokens`, `0.targets`, ... by micro-batch."
     from safetensors.torch import save
@@ -123,9 +124,11 @@ def keep_batch(
                if isinstance(v := getattr(batch, f.name), Tensor)}
     return write_whole(path, save(tensors))
 
-def _not_finite(step:int, micro:list, losses:list[float], norm:Tensor|None, folder:Path|None)->str:
+def _not_finite(step:int, micro:list[Batch], losses:list[float], norm:Tensor|None, folder:Path|None)->str:
     which = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
     what = (f'the loss of micro-batch {which[0]+1} of {len(micro)} is {losses[which[0]]}' if which else f"the losses are finite, but the gradient's norm is {norm.item()}")
+    rows = micro[which[0] if which else 0].rows
+    if rows is not None: what += f' (rows {", ".join(map(str, rows[:8].tolist()))}{", ..." if len(rows) > 8 else ""} of the cache)'
     where = f'The batch is kept in {keep_batch(folder/f"bad-batch-step-{step:08d}.safetensors", micro)}. ' if folder else ''
     return (f'step {step:,} did not happen: {what}. The weights are those of step {step-1:,}. {where}'
             'Try a lower optim.lr, a longer warm-up (optim.warmup_ratio), optim.grad_clip=1.0 or run.precision=fp32, and resume from the last checkpoint.')
@@ -267,7 +270,7 @@ def _lag(machine:Machine, optimizer:JointOptimizer, scaler:torch.amp.GradScaler)
 def count(
     state:TrainState, # is advanced
     window:Window, # gets the sums
-    micro:list, # the micro-batches of the step that was made
+    micro:list[Batch], # the micro-batches of the step that was made
     given:list, # what the objective gave for each
     norm:Tensor, # the gradient's norm
 )->None:
@@ -339,7 +342,7 @@ class Between:
 def fit(
     network:nn.Module, # on the machine's device
     objective:object, # its `loss` gives a sum, a count and parts
-    batches:Iterable, # endless; each has `tokens` [B, T], `num_targets` (known on the host) and `to(device)`
+    batches:Iterable[Batch], # endless (`Loader`)
     optimizer:JointOptimizer, # from `build_optimizer`
     *,
     total_steps:int, # steps in the whole run, not from here
