@@ -204,6 +204,7 @@ def chunk_name(number:int)->str:
 
 def _now()->str: return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
 
+# %% ../../nbs/2_packing/01_cache.ipynb #401898b6
 def new_metadata(
     corpus:Corpus, tokenizer:Tokenizer, packing:Packing, split:str,
 )->dict:
@@ -219,6 +220,7 @@ def new_metadata(
             bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id),
         plan=dict(bytes_per_token=ratio, chunk_bytes=max(1, round(packing.chunk_rows*packing.seq_len*ratio))), chunks=[])
 
+# %% ../../nbs/2_packing/01_cache.ipynb #d0302f53
 def with_totals(meta:dict)->dict:
     "The metadata with all sums made anew from its chunk records."
     total = {k: sum(c[k] for c in meta['chunks']) for k in ('rows', 'tokens', 'targets', 'spans', 'text_bytes', 'file_bytes')}
@@ -228,6 +230,7 @@ def with_totals(meta:dict)->dict:
     return meta | dict(total_chunks=len(meta['chunks']), total_sequences=total['rows'], totals=total, utilization_stats=dict(
         avg_utilization=sum(fills)/max(len(fills), 1), total_tokens=total['tokens'], total_possible_tokens=slots, efficiency_ratio=total['tokens']/max(slots, 1)))
 
+# %% ../../nbs/2_packing/01_cache.ipynb #ab881789
 def write_metadata(folder:Path, meta:dict)->None:
     "Write `cache_metadata.json`, whole or not at all."
     meta = with_totals(meta) | {'last_updated': _now()}
@@ -250,6 +253,7 @@ class Problem(NamedTuple):
     what:str # what is wrong with it
     def __str__(self): return f'{self.file} {self.what}'
 
+# %% ../../nbs/2_packing/01_cache.ipynb #bdaa808b
 class Cache:
     "A packed cache on disk, for reading. `open_cache` and `build_cache` give one."
     def __init__(self,
@@ -291,6 +295,13 @@ class Cache:
         return (f'{self.meta["dataset_name"]} ({self.meta["split"]}): {self.num_rows:,} rows of {self.seq_len} in {len(self.chunks)} chunks, {self.num_tokens:,} tokens, '
             f'fill {self.fill:.4f}, {self.file_bytes/max(self.num_tokens, 1):.2f} bytes a token' + ('' if self.complete else ', not complete'))
 
+# %% ../../nbs/2_packing/01_cache.ipynb #7d38453d
+def check_size(path:Path, record:dict)->None:
+    "Raise `DamagedChunk` unless the file is there with its recorded size."
+    if not path.exists(): raise DamagedChunk(path, 'is missing')
+    if path.stat().st_size != record['file_bytes']:
+        raise DamagedChunk(path, f'has {path.stat().st_size:,} bytes where {record["file_bytes"]:,} were written')
+
 # %% ../../nbs/2_packing/01_cache.ipynb #919ef665
 def _chunk_problems(cache:Cache, full:bool)->Iterator[Problem]:
     for c in cache.chunks:
@@ -308,12 +319,7 @@ def _other_problems(cache:Cache)->Iterator[Problem]:
     if not tokenizer.exists(): yield Problem(tokenizer.name, 'is missing')
     elif hash_file(tokenizer) != cache.meta['tokenizer_file']: yield Problem(tokenizer.name, 'was changed')
 
-def check_size(path:Path, record:dict)->None:
-    "Raise `DamagedChunk` unless the file is there with its recorded size."
-    if not path.exists(): raise DamagedChunk(path, 'is missing')
-    if path.stat().st_size != record['file_bytes']:
-        raise DamagedChunk(path, f'has {path.stat().st_size:,} bytes where {record["file_bytes"]:,} were written')
-
+# %% ../../nbs/2_packing/01_cache.ipynb #9dd73a91
 def open_cache(
     path:str|Path,                 # the folder of the cache
     tokenizer:Tokenizer|None=None, # the tokenizer that the rows must have been made with
@@ -425,6 +431,7 @@ def _existing(folder:Path, wanted:dict, split:str)->dict|None:
             'Choose another packing.folder, or --force-rebuild to replace it.')
     return meta
 
+# %% ../../nbs/2_packing/01_cache.ipynb #8e614545
 @contextlib.contextmanager
 def _alone(folder:Path, tell:Callable[[dict],None])->Iterator[None]:
     "Wait until no other process builds in `folder`."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOW_TOKENS', 'Batch', 'Window', 'as_window', 'assemble', 'permutation', 'Order', 'join_batches', 'load_window',
-           'Reader', 'Ahead', 'check_same', 'window_chunks', 'Loader', 'received', 'in_order']
+           'Reader', 'Ahead', 'send', 'receive', 'check_same', 'window_chunks', 'Loader', 'in_order']
 
 # %% ../../nbs/2_packing/02_loader.ipynb #07c236ac
 import functools
@@ -212,6 +212,28 @@ class Ahead:
         if self._pool: self._pool.shutdown(cancel_futures=True)
         self._pool, self._queue = None, deque()
 
+# %% ../../nbs/2_packing/02_loader.ipynb #0b189285
+def send(
+    batch:Batch,                   # on the host
+    device:torch.device,           # where it should go
+    copies:'torch.cuda.Stream|None', # the stream to copy on; None: leave it here
+)->tuple[Batch,'torch.cuda.Event|None']: # the batch, perhaps not arrived yet, and the event of its arrival
+    "Start the copy of a batch, in a background thread."
+    if copies is None: return batch, None
+    with torch.cuda.stream(copies): return batch.pin_memory().to(device, non_blocking=True), copies.record_event()
+
+def receive(
+    batch:Batch,                     # as `send` gave it
+    device:torch.device,             # where it should be
+    arrival:'torch.cuda.Event|None', # as `send` gave it
+)->Batch:
+    "The batch on its device, safe to use on the current stream."
+    if arrival is None: return batch if device.type == 'cpu' else batch.to(device)
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(arrival)
+    for t in (batch.tokens, batch.targets, batch.weights, batch.document): t.record_stream(stream)
+    return batch
+
 # %% ../../nbs/2_packing/02_loader.ipynb #858c5bd8
 def check_same(
     cache:Cache, # the cache of now
@@ -271,18 +293,14 @@ class Loader:
         self.position, self.window = position, window
         self._reader = Reader(self.cache, self.seed, window, self.shuffle, max(1, self.workers))
 
-    def _make(self, position:int)->tuple[Batch,'torch.cuda.Event|None']: # the batch, on its way to the device; the event of its arrival
-        batch = self._reader.batch(position + self.rank*self.batch_rows, self.batch_rows)
-        if self._copies is None: return batch, None
-        with torch.cuda.stream(self._copies):
-            return batch.pin_memory().to(self.device, non_blocking=True), self._copies.record_event()
+    def _make(self, position:int)->tuple: # batch, arrival
+        return send(self._reader.batch(position + self.rank*self.batch_rows, self.batch_rows), self.device, self._copies)
 
     def __iter__(self)->'Loader': return self
     def __next__(self)->Batch:
         batch, arrival = self._ahead.take(self.position)
         self.position += self.batch_rows*self.world
-        if arrival: return received(batch, arrival, self.device)
-        return batch if self.device.type == 'cpu' else batch.to(self.device)
+        return receive(batch, self.device, arrival)
 
     def state_dict(self)->dict:
         "Where the next batch comes from; a few numbers, the same on every rank."
@@ -297,18 +315,6 @@ class Loader:
     def close(self)->None:
         "End the background thread. `next` starts it again."
         self._ahead.close()
-
-# %% ../../nbs/2_packing/02_loader.ipynb #de4cd93f
-def received(
-    batch:Batch,              # on the device, perhaps not arrived yet
-    arrival:torch.cuda.Event, # recorded behind its copy
-    device:torch.device,      # a GPU
-)->Batch:
-    "The batch, safe to use on the current stream."
-    stream = torch.cuda.current_stream(device)
-    stream.wait_event(arrival)
-    for t in (batch.tokens, batch.targets, batch.weights, batch.document): t.record_stream(stream)
-    return batch
 
 # %% ../../nbs/2_packing/02_loader.ipynb #479c0535
 def in_order(
