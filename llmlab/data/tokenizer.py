@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 import numpy as np
-from .. import config
+from ..config import Tokenizer as TokenizerSettings
 from .corpora import Corpus
 from ..files import ConfigError, DataError, hash_json, read_json, write_json
 
@@ -58,11 +58,10 @@ class Tokenizer:
 
     def decode(self, ids:Sequence[int], skip_special:bool=True)->str:
         "The text of some ids (a list, an array or a tensor). Raises DataError for an id outside of the vocabulary."
-        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size: raise DataError(f'id {ids[(ids < 0) | (ids >= self.vocab_size)][0]} is outside of the vocabulary of {self.vocab_size}. Was it made by another tokenizer?')
-        if self.decoder: return self.decoder(ids.tolist(), skip_special)
+        ids = _ids_within(ids, self.vocab_size)
+        if self.decoder: return self.decoder(ids, skip_special)
         shown = self.pieces if skip_special else self._all_shown
-        return b''.join([shown[i] for i in ids.tolist()]).decode('utf-8', 'replace')
+        return b''.join([shown[i] for i in ids]).decode('utf-8', 'replace')
 
     def token_bytes(self, id:int)->bytes:
         "The bytes that an id stands for (b'' for special tokens): divide nats by their number for nats a byte."
@@ -88,6 +87,11 @@ FORMAT = 'llmlab.tokenizer/1'
 def _must_be_unicode(text:str)->None:
     try: text.isascii() or text.encode()
     except UnicodeEncodeError as e: raise DataError(f'cannot encode {text[max(0, e.start-10):e.start+10]!a}: half a character (a lone surrogate) at position {e.start}.') from e
+
+def _ids_within(ids:Sequence[int], vocab_size:int)->list[int]:
+    ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size: raise DataError(f'id {ids[(ids < 0) | (ids >= vocab_size)][0]} is outside of the vocabulary of {vocab_size}. Was it made by another tokenizer?')
+    return ids.tolist()
 
 def _fingerprint(description:dict)->str: return hash_json({k: v for k, v in description.items() if k != 'fingerprint'})
 
@@ -144,10 +148,10 @@ def _untrained():
     hf.decoder = decoders.ByteLevel()
     return hf
 
-# %% ../../nbs/1_data/01_tokenizer.ipynb #eabce6ee
+# %% ../../nbs/1_data/01_tokenizer.ipynb #b3ff775e
 def _bpe_description(
     texts:Iterable[str],      # to learn from
-    tok:config.Tokenizer,     # vocab_size, engine, train_megabytes
+    tok:TokenizerSettings,     # vocab_size, engine, train_megabytes
     say:Callable[[str], None],
 )->dict:
     from tokenizers import AddedToken
@@ -218,7 +222,7 @@ def _bpe(description:dict)->Tokenizer:
 # %% ../../nbs/1_data/01_tokenizer.ipynb #1dc3a3d6
 def train_tokenizer(
     texts:Iterable[str],  # to learn from: bpe takes the first train_megabytes, char takes all, byte none
-    tok:config.Tokenizer, # the section `tokenizer` of a config
+    tok:TokenizerSettings, # the section `tokenizer` of a config
     say:Callable[[str], None]=lambda line: None, # told what turned out otherwise than set
 )->Tokenizer:
     "A tokenizer of kind byte, char or bpe. Raises ConfigError for a vocabulary that is too small, DataError where there is no text."
@@ -325,9 +329,9 @@ def load_tokenizer(
     file = Path(path)/'tokenizer.json' if Path(path).is_dir() else Path(path)
     return _build(_read(file), file)
 
-# %% ../../nbs/1_data/01_tokenizer.ipynb #1294781f
+# %% ../../nbs/1_data/01_tokenizer.ipynb #42ef3904
 def build_tokenizer(
-    tok:config.Tokenizer, # the section `tokenizer` of a config
+    tok:TokenizerSettings, # the section `tokenizer` of a config
     corpus:Corpus,        # what to learn from
     say:Callable[[str], None]=lambda line: None, # told what turned out otherwise than set
 )->Tokenizer:
