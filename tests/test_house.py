@@ -30,9 +30,11 @@ def imports(path:Path)->list[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             module = '.'.join(here[:len(here)-node.level]*bool(node.level) + [node.module or ''])
-            if not module.startswith('llmlab.'): continue
+            if module.split('.')[0] != 'llmlab': continue
             assert not any(a.name == '*' for a in node.names), f'{path}: import *'
-            found.append(module[7:].strip('.'))
+            package = module.strip('.')+'.'
+            for a in node.names: # `from ..data import corpora` names a module, `from ..files import hash_file` a function
+                found.append((package+a.name if module_file((package+a.name)[7:]).exists() else package[:-1])[7:])
         elif isinstance(node, ast.Import): found += [a.name[7:] for a in node.names if a.name.startswith('llmlab.')]
     return found
 
