@@ -2,7 +2,6 @@
 import math, os, signal, subprocess, sys, threading, time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from llmlab.config import Optim
 from llmlab.files import ConfigError, LlmlabError, read_jsonl
+from llmlab.models.objective import LossSum
 from llmlab.packing.loader import Batch
 from llmlab.trainer import loop
 from llmlab.trainer.checkpoint import TrainState, capture, checkpointer, latest, load_checkpoint, restore
@@ -21,12 +21,6 @@ from llmlab.trainer.tracking import Files, Stopped, Tracker
 root = Path(__file__).resolve().parent.parent
 
 
-class Sum(NamedTuple):
-    sum: Tensor
-    count: int
-    parts: dict
-
-
 class Count:
     "Next-token loss over the targets that count; draws from its generator, as masked objectives do."
     noise = 0.
@@ -35,7 +29,7 @@ class Count:
         keep = batch.weights if not self.noise else batch.weights*(1+self.noise*torch.rand(batch.weights.shape, generator=generator))
         nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction='none')
         right = ((logits.argmax(-1) == batch.targets)*batch.weights).sum()
-        return Sum((nats*keep.flatten()).sum(), batch.num_targets, {'accuracy': (right, batch.num_targets)})
+        return LossSum((nats*keep.flatten()).sum(), batch.num_targets, {'accuracy': (right, batch.num_targets)})
 
 
 class Noisy(Count): noise = .5
@@ -366,3 +360,51 @@ def test_compiled_or_not_it_learns_the_same(dtype):
         fit(network, Count(), Loader(), build_optimizer(network, Optim(lr=.01)), total_steps=6, log_every=3, machine=Machine(dtype=dtype, compile=compiled), tracker=Tracker([memory]))
         losses.append([r['train/loss'] for r in memory.records.values()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4 if dtype == torch.float32 else 2e-2) # fusing rounds less often
+
+
+@pytest.fixture(scope='module')
+def tiny_cache(tmp_path_factory):
+    from llmlab import tiny
+    from llmlab.data.corpora import open_corpus
+    from llmlab.data.tokenizer import build_tokenizer
+    from llmlab.packing.cache import build_cache
+    folder = tmp_path_factory.mktemp('cache')
+    config = tiny.config(f'packing.folder={folder}', 'data.max_documents=120')
+    corpus = open_corpus(config.data)
+    tokenizer = build_tokenizer(config.tokenizer, corpus)
+    return build_cache(corpus, tokenizer, config.packing, 'train'), tokenizer.vocab_size
+
+
+@pytest.mark.parametrize('name, dtype', [('muon', torch.float32), ('adamw', torch.bfloat16)])
+def test_a_transformer_on_the_real_loader_resumes_exactly(tmp_path, tiny_cache, name, dtype):
+    from llmlab.models.ar import AR
+    from llmlab.models.transformer import Shape, build
+    from llmlab.packing.loader import Loader as RealLoader
+    cache, vocab_size = tiny_cache
+    shape = Shape(vocab_size=vocab_size, seq_len=64, d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=64)
+    def sitting(folder, memory, limit=None, seed=0):
+        network = build(shape, seed=seed)
+        things = dict(network=network, optimizer=build_optimizer(network, Optim(name=name, lr=.01)), loader=RealLoader(cache, 4, seed=1))
+        path = latest(folder)
+        state = restore(load_checkpoint(path), **things) if path else TrainState()
+        try: fit(network, AR(), things['loader'], things['optimizer'], total_steps=20, rate=lambda s: rate_at(s, 20, Optim()), accumulation=2, state=state, machine=Machine(dtype=dtype),
+                 save=checkpointer(folder, partial(capture, **things)), save_every=5, log_every=3, tracker=Tracker([memory]), limit=limit)
+        finally: things['loader'].close()
+        return network
+    straight, cut = Memory(), Memory()
+    whole = sitting(tmp_path/'a', straight)
+    with pytest.raises(Stopped): sitting(tmp_path/'b', cut, Limit(steps=7))
+    parts = sitting(tmp_path/'b', cut, seed=9)
+    assert cut.records == straight.records and straight.records[20]['train/loss'] < straight.records[3]['train/loss']
+    for p, q in zip(whole.parameters(), parts.parameters()): assert_close(p, q, rtol=0, atol=0)
+
+
+def test_muon_splits_of_the_transformer():
+    from llmlab.models.transformer import Shape, build
+    from llmlab.trainer.optim import muon_splits, sort_parameters
+    network = build(Shape(vocab_size=50, seq_len=16, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48, tie_embeddings=False))
+    hidden = dict(sort_parameters(network, muon=True)['hidden'])
+    splits = {n: rows for n, p in hidden.items() for q, rows in muon_splits(network).items() if p is q}
+    fused = [rows for n, rows in splits.items() if 'qkv' in n]
+    assert fused == [(32, 16, 16)]*2 and all(sum(rows) == len(hidden[n]) for n, rows in splits.items())
+    assert not any('embed' in n or 'head' in n for n in hidden) and len(hidden) == 2*4

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from ..files import ConfigError, LlmlabError, write_whole
+from ..models.objective import LossSum, Objective
 from ..packing.loader import Batch
 from .checkpoint import TrainState
 from .machine import Machine, matmul_peak, memory_gb
@@ -33,13 +34,13 @@ def take(
     except StopIteration as e: raise LlmlabError('the batches ran out in the middle of training: give `fit` an endless iterator, or fewer steps.') from e
 
 def accumulate(
-    loss_of:Callable, # (network, batch, generator) -> sum, count, parts: the loss of an objective
+    loss_of:Callable[..., LossSum], # `loss` of an objective, compiled or not
     network:nn.Module, # its gradients are added to
     micro:list[Batch], # the micro-batches of one step
     machine:Machine=Machine(), # format of the forward pass
     scaler:torch.amp.GradScaler|None=None, # fp16: scales the loss
     generator:torch.Generator|None=None, # for objectives that draw
-)->tuple[list, Tensor]: # what `loss_of` gave for each micro-batch, detached; the sums of losses [micro-batches]
+)->tuple[list[LossSum], Tensor]: # of each micro-batch, without graph; the sums of losses [micro-batches]
     "Add the gradient of (sum of losses / number of targets) over all micro-batches."
     n, given = max(1, sum(batch.num_targets for batch in micro)), [] # a step without any target moves nothing
     for batch in micro:
@@ -271,7 +272,7 @@ def count(
     state:TrainState, # is advanced
     window:Window, # gets the sums
     micro:list[Batch], # the micro-batches of the step that was made
-    given:list, # what the objective gave for each
+    given:list[LossSum], # of each of them
     norm:Tensor, # the gradient's norm
 )->None:
     "Count a step that was made."
@@ -341,7 +342,7 @@ class Between:
 @machine_errors()
 def fit(
     network:nn.Module, # on the machine's device
-    objective:object, # its `loss` gives a sum, a count and parts
+    objective:Objective, # only its `loss` is used
     batches:Iterable[Batch], # endless (`Loader`)
     optimizer:JointOptimizer, # from `build_optimizer`
     *,
