@@ -166,12 +166,12 @@ def test_rates_stay_in_bounds_rise_and_then_fall(optim, total):
     assert rate_at(10*total+1000, total, optim) == pytest.approx(1. if optim.schedule == 'constant' else optim.min_lr_ratio, abs=1e-9)
 
 
-@given(batch=st.integers(1, 9), accumulation=st.integers(1, 4), world=st.integers(1, 4), rows=st.integers(1, 500), epochs=st.floats(.01, 5))
+@given(batch=st.integers(1, 9), accumulation=st.integers(1, 4), world=st.integers(1, 4), rows=st.integers(1, 500), epochs=st.floats(.01, 5), fraction=st.floats(.01, 1))
 @settings(max_examples=100, deadline=None)
-def test_an_epoch_sees_every_row(batch, accumulation, world, rows, epochs):
-    trainer = Trainer(batch_size=batch, gradient_accumulation_steps=accumulation, epochs=epochs)
+def test_an_epoch_sees_every_row(batch, accumulation, world, rows, epochs, fraction):
+    trainer = Trainer(batch_size=batch, gradient_accumulation_steps=accumulation, epochs=epochs, epoch_dataset_fraction=fraction)
     steps, per_step = total_steps(trainer, rows, 64, world), batch*accumulation*world
-    assert steps >= 1 and (steps-1)*per_step < epochs*rows <= steps*per_step + 1e-6
+    assert steps >= 1 and (steps-1)*per_step < epochs*max(1, int(rows*fraction)) <= steps*per_step + 1e-6
     as_tokens = Trainer(batch_size=batch, gradient_accumulation_steps=accumulation, max_tokens=steps*per_step*64)
     assert total_steps(as_tokens, rows, 64, world) == steps
 

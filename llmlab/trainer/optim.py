@@ -226,7 +226,7 @@ def rate_at(
 # %% ../../nbs/4_trainer/01_optim.ipynb #97cb1bc6
 def total_steps(
     trainer:Trainer, # batch_size, gradient_accumulation_steps and one of max_steps, max_tokens, epochs
-    rows_per_epoch:int, # the loader's number
+    rows:int, # rows of the whole training cache
     seq_len:int, # tokens in a row
     world:int=1, # ranks, each with its own micro-batches
 )->int: # optimizer steps
@@ -234,8 +234,9 @@ def total_steps(
     given = {k: v for k in ('max_steps', 'max_tokens', 'epochs') if (v := getattr(trainer, k)) is not None}
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(f'trainer.{k} ({v})' for k, v in given.items())} both say how long to train. Keep one and set the others to null.")
-    if rows_per_epoch < 1: raise ConfigError('the training cache has no rows. Take more text, or a smaller packing.seq_len.')
+    if rows < 1: raise ConfigError('the training cache has no rows. Take more text, or a smaller packing.seq_len.')
     rows_per_step = trainer.batch_size*trainer.gradient_accumulation_steps*world
     if trainer.max_steps: return trainer.max_steps
     if trainer.max_tokens: return math.ceil(trainer.max_tokens/(rows_per_step*seq_len))
+    rows_per_epoch = max(1, int(rows*trainer.epoch_dataset_fraction))
     return math.ceil((trainer.epochs or 1)*rows_per_epoch/rows_per_step)
