@@ -16,9 +16,12 @@ def shared()->Path:
     return folder
 
 
+names = {'llmlab_eval': 'evaluate'} # doors whose function has another name
+
+
 def command(door:str, *words:str)->list[str]:
     "A command line that runs a door of this environment, whether or not its scripts are on PATH."
-    return [sys.executable, '-c', f'from llmlab.cli import {door.removeprefix("llmlab_")} as d; d()', *words]
+    return [sys.executable, '-c', f'from llmlab.cli import {names.get(door, door.removeprefix("llmlab_"))} as d; d()', *words]
 
 
 @pytest.fixture

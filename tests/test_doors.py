@@ -75,7 +75,7 @@ def test_the_run_folder_explains_itself(trained):
 
 
 def test_evaluate_and_generate(llmlab, trained, tmp_path):
-    done = llmlab('llmlab_evaluate', '--run', 'r', '--tokens', '8', '--out', 'e.json', cwd=trained)
+    done = llmlab('llmlab_eval', '--run', 'r', '--tokens', '8', '--out', 'e.json', cwd=trained)
     assert done.returncode == 0, done.stderr
     numbers = json.loads((trained/'e.json').read_text())
     assert json.loads(done.stdout) == numbers and 0 < numbers['val/loss'] < 6 and not numbers['val/is_bound']
@@ -85,7 +85,7 @@ def test_evaluate_and_generate(llmlab, trained, tmp_path):
 
 def test_text_file_is_scored(llmlab, trained):
     (trained/'t.txt').write_text('The cat saw a red ball.')
-    done = llmlab('llmlab_evaluate', '--run', 'r', '--text', 't.txt', '--tokens', '0', cwd=trained)
+    done = llmlab('llmlab_eval', '--run', 'r', '--text', 't.txt', '--tokens', '0', cwd=trained)
     assert done.returncode == 0, done.stderr
     assert 0 < json.loads(done.stdout)['val/bits_per_byte'] < 10
 
