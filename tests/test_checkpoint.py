@@ -182,7 +182,7 @@ def test_a_really_full_disk(tmp_path):
     finally: subprocess.run(['umount', str(disk)], check=True)
 
 
-@pytest.mark.parametrize('kills', [3, pytest.param(200, marks=pytest.mark.proof)])
+@pytest.mark.parametrize('kills', [3, pytest.param(100, marks=pytest.mark.proof)])
 def test_killed_while_saving(tmp_path, kills):
     "Whatever the moment, the last checkpoint that was announced is good and later ones are whole or not there."
     for k in range(kills):

@@ -52,12 +52,13 @@ def orthogonalise(
 
 # %% ../../nbs/4_trainer/01_optim.ipynb #16decdf3
 def _pieces(params:list[Tensor], splits:dict[Tensor, tuple[int, ...]], together:int)->Iterable[list[tuple[Tensor, int, int]]]:
-    "Groups of (parameter, first row, rows) whose maps have one shape; maps of more than `together` numbers stay alone."
+    "Groups of (parameter, first row, rows) whose maps have one shape, turned or not; maps of more than `together` numbers stay alone."
     shapes = {}
     for p in params:
         start = 0
         for rows in splits.get(p) or (p.size(0),):
-            key = (rows, p.size(1)) if rows*p.size(1) <= together else (p, start)
+            shape = tuple(sorted((rows, p.size(1)))) # a tall matrix goes with the wide ones, turned
+            key = shape if math.prod(shape) <= together else (p, start)
             shapes.setdefault(key, []).append((p, start, rows))
             start += rows
     return shapes.values()
@@ -98,11 +99,13 @@ class Muon(torch.optim.Optimizer):
         return grad.lerp(buffer, momentum)
 
     def _move(self, pieces:list[tuple[Tensor, int, int]], updates:dict[Tensor, Tensor], group:dict, skip:Tensor|None)->None:
-        cut = [updates[p][start:start+rows] for p, start, rows in pieces]
+        turn = lambda m: m.mT if m.size(0) > m.size(1) else m
+        cut = [turn(updates[p][start:start+rows]) for p, start, rows in pieces]
         moves = orthogonalise(torch.stack(cut), self.dtype) if len(cut) > 1 else [orthogonalise(cut[0], self.dtype)]
         lr, decay = group['lr'], group['lr']*group['weight_decay']
         for (p, start, rows), move in zip(pieces, moves, strict=True):
             part, size = p[start:start+rows], lr*.2*math.sqrt(max(move.shape))
+            if part.shape != move.shape: move = move.mT
             if skip is None: part.mul_(1-decay).add_(move, alpha=-size)
             else: part.mul_(1-decay*(1-skip)).sub_(move.to(p.dtype)*(size*(1-skip)))
 

@@ -244,8 +244,8 @@ class Screen:
         self.seen.append((time.monotonic(), step))
         (t0, s0), (t1, s1) = self.seen[0], self.seen[-1]
         if 'train/loss' in metrics: self._line(progress_line(step, self.total, metrics, (self.total-s1)*(t1-t0)/(s1-s0) if s1 > s0 else None), step)
-        val = {k: as_number(v) for k, v in metrics.items() if k.startswith('val/')}
-        if val: print(f'Step {step:,} validation | ' + ' | '.join(f'{k[4:]}: {v:.4g}' for k, v in val.items() if v is not None))
+        val = {k: as_number(metrics.get(k)) for k in ('val/loss', 'val/perplexity', 'val/accuracy', 'val/bits_per_byte')} # the others go to the files
+        if any(v is not None for v in val.values()): print(f'Step {step:,} validation | ' + ' | '.join(f"{k[4:].replace('_', ' ')}: {v:.4g}" for k, v in val.items() if v is not None))
 
     def _line(self, line:str, step:int)->None:
         if self.bar: self.bar.update(self.task, completed=step, description=line)
