@@ -68,7 +68,7 @@ def draw(
                 label={'train/loss': 'training', 'val/loss': 'validation'}.get(name, name))
     every_value = [v*picture.scale for n in picture.names for _, v in curves.get(n, [])]
     if picture.file == 'loss': ax.set_ylim(top=upper_limit([v for _, v in curves.get('train/loss', [])] or every_value))
-    elif min(every_value) >= 0: ax.set_ylim(bottom=0)
+    elif min(every_value) >= 0: ax.set_ylim(0, 1.08*max(every_value) or 1.)
     ax.set(xlabel='step (optimizer steps)', ylabel=picture.unit, title=f'{title}: {picture.title.lower()}' if title else picture.title)
     ax.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
     ax.grid(alpha=.3)
