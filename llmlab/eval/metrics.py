@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 import numpy as np
+from ..data.tokenizer import Tokenizer
 from ..files import DataError
 from ..packing.packer import Packed
 
@@ -39,9 +40,9 @@ def bits_per_byte(
     assert num_bytes > 0, 'no text was scored'
     return nats/math.log(2)/num_bytes
 
-# %% ../../nbs/5_eval/00_metrics.ipynb #bcbf43d9
+# %% ../../nbs/5_eval/00_metrics.ipynb #f17161c5
 def byte_lengths(
-    tokenizer, # has `vocab_size` and `token_bytes(id)`
+    tokenizer:Tokenizer, # its `vocab_size` and `token_bytes(id)` are used
 )->np.ndarray: # [V] int64; 0 for special tokens
     "UTF-8 bytes of every token of a vocabulary."
     return np.fromiter((len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)), np.int64, tokenizer.vocab_size)
