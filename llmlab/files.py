@@ -11,6 +11,7 @@ __all__ = ['LlmlabError', 'ConfigError', 'DataError', 'CacheError', 'CheckpointE
 import contextlib, errno, json, os, shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 import xxhash
 
 # %% ../nbs/00_files.ipynb #08c6227d
@@ -77,12 +78,12 @@ def write_whole(
     with whole_file(path, error) as f: f.write(data.encode() if isinstance(data, str) else data)
     return Path(path)
 
-def write_json(path:str|Path, obj, error:type[LlmlabError]=LlmlabError)->Path:
+def write_json(path:str|Path, obj:Any, error:type[LlmlabError]=LlmlabError)->Path:
     "Write `obj` as readable JSON, whole or not at all. NaN and infinity are refused: JSON has no word for them."
     return write_whole(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)+'\n', error)
 
-# %% ../nbs/00_files.ipynb #5bb5f418
-def read_json(path:str|Path, error:type[LlmlabError]=LlmlabError):
+# %% ../nbs/00_files.ipynb #399b80c7
+def read_json(path:str|Path, error:type[LlmlabError]=LlmlabError)->Any:
     "The object in a JSON file. Raises `error` where it is missing or damaged."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError as e: raise error(f'{path} does not exist.') from e
@@ -176,7 +177,7 @@ def hash_bytes(*parts:bytes|str)->str:
         h.update(len(p).to_bytes(8, 'little')); h.update(p)
     return h.hexdigest()
 
-def hash_json(obj)->str:
+def hash_json(obj:Any)->str:
     "The hash of an object that JSON can hold; the order of its keys does not count."
     return hash_bytes(json.dumps(obj, sort_keys=True, separators=(',', ':')))
 

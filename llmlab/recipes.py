@@ -28,7 +28,7 @@ from .trainer.machine import Machine, choose_device, set_up
 from .trainer.optim import build_optimizer, rate_at, total_steps
 from .trainer.plots import plot_run
 from .trainer.runs import create, environment, find_run, names_of
-from .trainer.tracking import Stopped, is_running, open_tracker, read_metrics
+from .trainer.tracking import Stopped, Tracker, is_running, open_tracker, read_metrics
 
 # %% ../nbs/80_recipes.ipynb #6411b746
 def tokenizer_folder(
@@ -142,7 +142,7 @@ def build(
 def validator(
     cfg:Config, # the section trainer is used
     parts:Parts, # the run
-    tracker, # gets the samples
+    tracker:Tracker, # gets the samples
 )->Callable[[TrainState], dict]:
     "A hook that scores the validation split, notes the best, and writes samples at fixed prompts."
     t, data = cfg.trainer, parts.data
