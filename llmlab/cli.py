@@ -150,13 +150,17 @@ def generate(
     for p, text in zip(prompt or [''], recipe(run, prompt or [''], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, best=best, runs=runs)):
         print(p + text, end='\n\n' if prompt and len(prompt) > 1 else '\n')
 
-# %% ../nbs/90_cli.ipynb #789042f5
+# %% ../nbs/90_cli.ipynb #edb39b8b
+def _print(table)->None:
+    "A rich table, as wide as it needs to be where no terminal limits it."
+    from rich.console import Console
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
 def _list(folder:Path, names:list[str])->None:
-    from rich import print as show
     from llmlab.trainer.runs import list_runs, runs_table
     found = list_runs(folder)
     if not found: print(f'No runs in {folder}. Train one: llmlab_train'); return
-    show(runs_table(found))
+    _print(runs_table(found))
 
 def _show(folder:Path, names:list[str])->None:
     from llmlab.trainer.runs import find_run, show
@@ -166,10 +170,9 @@ def _show(folder:Path, names:list[str])->None:
         print('\n'.join(f'{k:<{width}}  {v:.6g}' if isinstance(v, float) else f'{k:<{width}}  {v}' for k, v in facts.items()))
 
 def _compare(folder:Path, names:list[str])->None:
-    from rich import print as show
     from llmlab.trainer.runs import compare_table, find_run
     if len(names) != 2: raise LlmlabError(f'compare takes two runs, and got {len(names)}: llmlab_runs compare RUN RUN')
-    show(compare_table(*(find_run(n, folder) for n in names)))
+    _print(compare_table(*(find_run(n, folder) for n in names)))
 
 def _plot(folder:Path, names:list[str])->None:
     from llmlab.trainer.plots import plot_run
@@ -204,13 +207,12 @@ def doctor(
     offline:_offline=False,
 )->None:
     "Look at this machine, and at a config: what is wrong and what to do. Exit code 1 if there is a problem."
-    from rich.console import Console
     from rich.table import Table
     from llmlab.launch.doctor import examine, exit_code
     findings = examine(_settings(config, overrides) if config or overrides else None)
     table, colour = Table(box=None, show_header=False), {'ok': 'green', 'warning': 'yellow', 'problem': 'bold red'}
     for f in findings: table.add_row(f'[{colour[f.state]}]{f.state}[/]', f.about, f'{f.seen}' + (f'\n{f.advice}' if f.advice else ''))
-    Console().print(table)
+    _print(table)
     if exit_code(findings): raise LlmlabError('there are problems: do what the lines above say, then look again.')
 
 # %% ../nbs/90_cli.ipynb #1918c0fa
