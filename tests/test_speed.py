@@ -113,6 +113,14 @@ def test_benches_run():
     for r in (result, *reports): json.dumps(r, allow_nan=False); table(r)
 
 
+def test_compiled_is_compared_with_compiled(monkeypatch):
+    wrapped = []
+    monkeypatch.setattr(torch, 'compile', lambda f: wrapped.append(f) or f) # a real compilation takes a minute
+    plain, compiled = bench_train(toy, machine=Machine(), rounds=1, compiled=True)
+    assert len(wrapped) == 2 and (plain['what'], compiled['what']) == ('training', 'training, compiled')
+    assert [r['name'] for r in compiled['rows']] == ['llmlab, compiled', "transformers' Llama, compiled"] and compiled['rows'][1]['ratio'] == 1.
+
+
 def test_mistakes():
     with pytest.raises(ConfigError, match='there are train, loader, generate'): bench('speed')
     with pytest.raises(ConfigError, match='not a multiple'): bench('train', num_heads=5)

@@ -47,6 +47,10 @@ class Race:
         "How many times as fast as `base`: the median of the rounds."
         return statistics.median(self.ratios(name, base))
 
+    def only(self, *names:str)->'Race':
+        "The same rounds, with some of the contestants."
+        return Race({n: self.seconds[n] for n in names}, {n: self.work[n] for n in names})
+
 def interleave(
     contestants:dict[str, Callable[[], float]], # name -> does its work once and says how much that was; returns when it is done
     rounds:int=9, # timed turns of each
@@ -204,19 +208,19 @@ def bench_train(
     rounds:int=9, # steps of each
     compiled:bool=False, # both once more, compiled
     clock:Callable[[], float]=time.perf_counter, # seconds; time.process_time on a CPU that others use too, with one thread
-)->list[dict]: # one report
+)->list[dict]: # one report; two if compiled
     "Our training step beside that of transformers' Llama."
     machine = machine or bench_machine()
     batch, objective = random_batch(size, machine.device), AR()
-    contestants = {'matrix products': products(machine)}
-    for suffix, wrap in [('', lambda f: f)] + [(', compiled', torch.compile)]*compiled:
+    contestants, suffixes = {'matrix products': products(machine)}, [''] + [', compiled']*compiled
+    for suffix in suffixes:
         ours = build(size.shape(), seed=0, device=machine.device)
         theirs = to_llama(ours).to(machine.device)
-        gap = loss_gap(ours, theirs, batch, machine)
+        gap, wrap = loss_gap(ours, theirs, batch, machine), torch.compile if suffix else lambda f: f
         contestants |= {f'llmlab{suffix}': training_step(ours, wrap(objective.loss), batch, machine), f"transformers' Llama{suffix}": training_step(theirs, wrap(llama_loss), batch, machine)}
-    race = interleave(contestants, rounds, clock)
-    return [report('training', race, "transformers' Llama", 'matrix products', flops_per_token(size.shape(), size.seq_len),
-                   about={'size': str(size), 'machine': about_machine(machine), 'losses before the first step differ by': f'{gap:.0e} nats'})]
+    race, about = interleave(contestants, rounds, clock), {'size': str(size), 'machine': about_machine(machine), 'losses before the first step differ by': f'{gap:.0e} nats'}
+    return [report(f'training{suffix}', race.only('matrix products', f'llmlab{suffix}', f"transformers' Llama{suffix}"), f"transformers' Llama{suffix}",
+                   'matrix products', flops_per_token(size.shape(), size.seq_len), about=about) for suffix in suffixes]
 
 # %% ../../nbs/5_eval/02_speed.ipynb #a33a0f7e
 def greedy(
