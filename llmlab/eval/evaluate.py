@@ -181,7 +181,7 @@ def samples(
     "Continuations of fixed prompts. Same seed, same prompts, same weights: same texts."
     prompts = list(prompts)
     ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
-    generator = torch.Generator(machine.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed) # on the CPU: the same draws whatever the device
     with looking(network), machine.autocast():
         new = objective.generate(network, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop_id=tokenizer.eos_id, generator=generator)
     return [dict(prompt=p, text=tokenizer.decode(n), tokens=len(n)) for p, n in zip(prompts, new, strict=True)]
