@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MLPS', 'compute_dtype', 'rms_norm', 'Norm', 'positions_of', 'rotation', 'rotate', 'swiglu', 'MLP', 'Conv3']
 
-# %% ../../nbs/3_models/00_layers.ipynb #e6c1eef5
+# %% ../../nbs/3_models/00_layers.ipynb #a9a4f5d9
+import functools
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 
@@ -73,17 +74,27 @@ def positions_of(
     begins = F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
     return place - torch.where(begins, place, 0).cummax(1).values
 
-# %% ../../nbs/3_models/00_layers.ipynb #6486eff0
+# %% ../../nbs/3_models/00_layers.ipynb #bc5d1187
+@functools.lru_cache(8)
+def _angles(length:int, head_size:int, theta:float, dtype:torch.dtype, device:str)->Tensor: # [2, length, D/2] cosine and sine
+    with torch.inference_mode(False), torch.no_grad(): # an ordinary tensor, whoever asks first
+        pair = torch.arange(0, head_size, 2, device=device, dtype=torch.float32)
+        angle = torch.arange(length, device=device, dtype=torch.float32)[:, None]*theta**(-pair/head_size)
+        return torch.stack((angle.cos(), angle.sin())).to(dtype)
+
+@torch.compiler.assume_constant_result # a table in the graph, not a formula
+def _table(*key)->Tensor: return _angles(*key)
+
 def rotation(
-    positions:Tensor, # [B, T] or [1, T]
+    positions:Tensor, # [B, T] or [1, T], below `length`
+    length:int, # places that there can be
     head_size:int, # D, even
     theta:float=10000., # base of the angles: larger for longer texts
     dtype:torch.dtype=torch.float32, # of the result; the angles are computed in fp32
 )->tuple[Tensor, Tensor]: # cosine and sine, each [B or 1, 1, T, D/2]
     "Cosine and sine of the angle of each position and pair of channels, made once for all layers."
-    pair = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[:, None, :, None]*theta**(-pair/head_size)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = _table(length, head_size, theta, dtype, str(positions.device))
+    return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
 # %% ../../nbs/3_models/00_layers.ipynb #487957e1
 def _turn(x:Tensor, cos:Tensor, sin:Tensor, out:Tensor)->Tensor:

@@ -39,20 +39,26 @@ def piece_rows(
     device:str, # kind of device
     vocab_size:int, # V
 )->int: # tokens in a piece
-    "How many tokens to score at once: 16 MB of scores on a CPU, so that they stay in its cache; 512 MB elsewhere."
-    return max(64, 2**(22 if device == 'cpu' else 27)//vocab_size)
+    "How many tokens to score at once: about 16 MB of scores on a CPU, so that its caches hold most of them; 512 MB elsewhere."
+    return max(256, 2**(22 if device == 'cpu' else 27)//vocab_size)
 
-def _piece(
-    h:Tensor, # [n, C]
-    weight:Tensor, # [V, C]
-    targets:Tensor, # [n, 1]
-)->tuple[Tensor, Tensor, Tensor]: # softmax [n, V]; loss and accuracy of each token [n, 1]
-    scores = h@weight.mT
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    at_target, highest = scores.gather(1, targets), scores.amax(-1, keepdim=True)
-    right = (at_target == highest)/torch.eq(scores, highest).to(scores.dtype).sum(-1, keepdim=True)
-    p = scores.softmax(-1)
-    return p, highest - p.amax(-1, keepdim=True).log() - at_target, right
+class _Room:
+    "Memory for the scores of a piece, used again for each: fresh memory costs a CPU more than the arithmetic."
+    def __init__(self, h:Tensor, weight:Tensor, rows:int):
+        wide = torch.promote_types(h.dtype, torch.float32)
+        self.narrow, self.wide, self.equal = (torch.empty(min(rows, len(h)), len(weight), dtype=d, device=h.device) for d in (h.dtype, wide, wide))
+
+    def score(self,
+        h:Tensor, # [n, C]
+        weight:Tensor, # [V, C]
+        targets:Tensor, # [n, 1]
+    )->tuple[Tensor, Tensor]: # loss and accuracy of each token [n, 1]; `wide` then holds the softmax
+        narrow, wide, equal = (x[:len(h)] for x in (self.narrow, self.wide, self.equal))
+        wide.copy_(torch.mm(h, weight.mT, out=narrow))
+        at_target, highest = wide.gather(1, targets), wide.amax(-1, keepdim=True)
+        right = (at_target == highest)/torch.eq(wide, highest, out=equal).sum(-1, keepdim=True)
+        p = torch.softmax(wide, -1, out=wide)
+        return highest - p.amax(-1, keepdim=True).log() - at_target, right
 
 # %% ../../nbs/3_models/04_objective.ipynb #f50a8077
 class _HeadLoss(torch.autograd.Function):
@@ -61,12 +67,13 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, h:Tensor, weight:Tensor, targets:Tensor, weights:Tensor, rows:int, learn:bool):
         w, (total, hits) = weight.to(h.dtype), torch.zeros(2, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         dh, dw = (torch.empty_like(h), torch.zeros(weight.shape, dtype=total.dtype, device=h.device)) if learn else (None, None)
+        room = _Room(h, w, rows)
         for i in range(0, len(h), rows):
             hi, yi, wi = h[i:i+rows], targets[i:i+rows, None], weights[i:i+rows, None].to(total.dtype)
-            p, loss, right = _piece(hi, w, yi)
+            loss, right = room.score(hi, w, yi)
             total, hits = total+(loss*wi).sum(), hits+(right*wi).sum()
             if not learn: continue
-            dp = p.scatter_add_(1, yi, -torch.ones_like(loss)).to(h.dtype)
+            dp = room.narrow[:len(hi)].copy_(room.wide[:len(hi)].scatter_add_(1, yi, -torch.ones_like(loss)))
             dh[i:i+rows] = (dp@w)*wi
             dw += dp.mT@(hi*wi).to(h.dtype)
         ctx.save_for_backward(dh, dw)
@@ -102,4 +109,5 @@ def token_losses(
     "Loss of each target, a piece at a time."
     dtype, rows = compute_dtype(h), piece_rows(h.device.type, len(weight))
     h, w = h.to(dtype), weight.to(dtype)
-    return torch.cat([_piece(h[i:i+rows], w, targets[i:i+rows, None])[1][:, 0] for i in range(0, len(h), rows)])
+    room = _Room(h, w, rows)
+    return torch.cat([room.score(h[i:i+rows], w, targets[i:i+rows, None])[0][:, 0] for i in range(0, len(h), rows)])
