@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from .config import Config, Data, Run, load_config
+from .config import Config, Run, load_config
 from .data.corpora import Corpus, open_corpus
 from .data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from .eval import evaluate as scoring
@@ -255,15 +255,21 @@ def pretrain(
             hooks=[every(cfg.trainer.eval_interval, validator(cfg, parts, tracker))], save=checkpointer(folder/'checkpoints', gather, cfg.trainer.keep_last, [parts.data.train.path/'tokenizer.json']),
             save_every=cfg.trainer.save_interval, log_every=cfg.trainer.log_interval, tracker=tracker, limit=limit, flops_per_token=flops_per_token(parts.network.shape, cfg.packing.seq_len), folder=folder)
     parts.loader.close()
-    return summary(folder, state, parts, time.monotonic()-start)
+    return summary(folder, state, parts, time.monotonic()-start, cfg.trainer.eval_rows)
 
-# %% ../nbs/80_recipes.ipynb #62de2589
-def summary(folder:Path, state:TrainState, parts:Parts, seconds:float)->Result:
+# %% ../nbs/80_recipes.ipynb #43536c6a
+def summary(
+    folder:Path, # the run folder
+    state:TrainState, # the counters at the end
+    parts:Parts, # the run
+    seconds:float, # that it took, all included
+    rows:int|None, # how many validation rows the network was scored on; None: all
+)->Result:
     "The result of a finished run, with its plots drawn and simple models scored on the same validation targets."
     metrics = {name: curve[-1][1] for name, curve in read_metrics(folder).items()}
     samples = read_jsonl(max((folder/'samples').glob('*.jsonl'))) if (folder/'samples').is_dir() else []
     v, t = parts.data.validation, parts.data.train
-    baseline = baselines((t.chunk(i) for i in range(len(t.chunks))), (v.chunk(i) for i in range(len(v.chunks))), parts.data.tokenizer.vocab_size) if v else {}
+    baseline = baselines((t.chunk(i) for i in range(len(t.chunks))), (v.chunk(i) for i in range(len(v.chunks))), parts.data.tokenizer.vocab_size, rows) if v else {}
     return Result(folder, state, parts.steps, seconds, metrics, baseline, samples, plot_run(folder), sum(p.numel() for p in parts.network.parameters()))
 
 # %% ../nbs/80_recipes.ipynb #18709e68
@@ -297,7 +303,7 @@ def evaluate(
     "Score a checkpoint: loss, perplexity, accuracy, bits per byte; and how fast it writes."
     model, machine = open_trained(run, best, runs, say=say)
     numbers = {'checkpoint': model.info['path'], 'step': model.info['global_step'], 'architecture': model.info['architecture']}
-    if text is not None: numbers |= {'text': str(text)} | scoring.evaluate_text(model.network, model.objective, model.tokenizer, _read_text(text), batch_rows=batch_size, machine=machine)
+    if text is not None: numbers |= {'text': str(text)} | scoring.evaluate_text(model.network, model.objective, model.tokenizer, scoring.read_texts(text), batch_rows=batch_size, machine=machine)
     else:
         cfg = Config.model_validate(model.info['train_config'])
         validation = prepare(cfg, say=say).validation
@@ -305,10 +311,6 @@ def evaluate(
         batches = in_order(validation, batch_size, rows, machine.device)
         numbers |= scoring.evaluate(model.network, model.objective, batches, machine=machine, token_bytes=byte_lengths(model.tokenizer))
     return numbers | (scoring.generation_speed(model.network, model.objective, new_tokens=speed_tokens, machine=machine) if speed_tokens else {})
-
-def _read_text(path:str|Path)->str:
-    "A UTF-8 text file. Raises `DataError`."
-    return '\n'.join(d.text for d, _ in open_corpus(Data(name='files', path=str(path), validation_fraction=0)).all())
 
 # %% ../nbs/80_recipes.ipynb #ac450af6
 def generate(
