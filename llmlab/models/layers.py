@@ -76,11 +76,11 @@ def positions_of(
 
 # %% ../../nbs/3_models/00_layers.ipynb #bc5d1187
 @functools.lru_cache(8)
-def _angles(length:int, head_size:int, theta:float, dtype:torch.dtype, device:str)->Tensor: # [2, length, D/2] cosine and sine
+def _angles(length:int, head_size:int, theta:float, dtype:torch.dtype, device:str)->Tensor: # [2, length, D]: cosine; sine, negative in the first half
     with torch.inference_mode(False), torch.no_grad(): # an ordinary tensor, whoever asks first
         pair = torch.arange(0, head_size, 2, device=device, dtype=torch.float32)
         angle = torch.arange(length, device=device, dtype=torch.float32)[:, None]*theta**(-pair/head_size)
-        return torch.stack((angle.cos(), angle.sin())).to(dtype)
+        return torch.stack((torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1))).to(dtype)
 
 @torch.compiler.assume_constant_result # a table in the graph, not a formula
 def _table(*key)->Tensor: return _angles(*key)
@@ -91,41 +91,34 @@ def rotation(
     head_size:int, # D, even
     theta:float=10000., # base of the angles: larger for longer texts
     dtype:torch.dtype=torch.float32, # of the result; the angles are computed in fp32
-)->tuple[Tensor, Tensor]: # cosine and sine, each [B or 1, 1, T, D/2]
-    "Cosine and sine of the angle of each position and pair of channels, made once for all layers."
+)->tuple[Tensor, Tensor]: # cosine and sine for `rotate`, each [B or 1, 1, T, D]
+    "Cosine and sine of the angle of each position and channel, made once for all layers."
     cos, sin = _table(length, head_size, theta, dtype, str(positions.device))
     return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
-# %% ../../nbs/3_models/00_layers.ipynb #487957e1
-def _turn(x:Tensor, cos:Tensor, sin:Tensor, out:Tensor)->Tensor:
-    (a, b), (left, right) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=right).addcmul_(a, sin)
-    return out
+# %% ../../nbs/3_models/00_layers.ipynb #e832a014
+def _swapped(x:Tensor)->Tensor: return torch.cat(x.chunk(2, -1)[::-1], -1)
 
 class _Rotate(torch.autograd.Function):
     "Rotation that keeps nothing but the angles."
     @staticmethod
     def forward(ctx, x:Tensor, cos:Tensor, sin:Tensor)->Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        return _swapped(x).mul_(sin).addcmul_(x, cos)
 
     @staticmethod
     def backward(ctx, g:Tensor):
-        cos, sin = ctx.saved_tensors
-        B, H, T, D = g.shape # laid out as [B, T, H, D], like the product that the gradient goes to
-        return _turn(g, cos, -sin, g.new_empty(B, T, H, D).transpose(1, 2)), None, None
+        g, cos, sin = (x.transpose(1, 2) for x in (g, *ctx.saved_tensors)) # [B, T, H, D], like the product that the gradient goes to
+        return _swapped(g).mul_(-sin).addcmul_(g, cos).transpose(1, 2), None, None
 
-# %% ../../nbs/3_models/00_layers.ipynb #89eb44e6
 def rotate(
     x:Tensor, # [B, H, T, D] queries or keys
-    cos:Tensor, # [B or 1, 1, T, D/2], in the format of `x`
+    cos:Tensor, # [B or 1, 1, T, D], in the format of `x`
     sin:Tensor, # the same
 )->Tensor: # [B, H, T, D]
     "Turn the pairs (channel i, channel i + D/2) by their angles (Su et al. 2021)."
     if not torch.compiler.is_compiling(): return _Rotate.apply(x, cos, sin)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a*cos-b*sin, b*cos+a*sin), -1)
+    return x*cos + _swapped(x)*sin
 
 # %% ../../nbs/3_models/00_layers.ipynb #8bcbe9fd
 class _SwiGLU(torch.autograd.Function):
@@ -171,6 +164,35 @@ class MLP(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: return self.down(self.bend(self.up(x))) # [B, T, C] -> [B, T, C]
 
+# %% ../../nbs/3_models/00_layers.ipynb #9dc5c3a4
+def _apart(x:Tensor, steps:int)->tuple[Tensor, Tensor]: # views of x: tokens that have the other one, and that other one
+    return (x[:, steps:], x[:, :-steps]) if steps > 0 else (x[:, :steps], x[:, -steps:])
+
+class _Mix(torch.autograd.Function):
+    "Each token and two neighbours, weighed by channel; neighbours across an edge are worth nothing."
+    @staticmethod
+    def forward(ctx, x:Tensor, weight:Tensor, inside:tuple, steps:tuple)->Tensor: # `inside`: for each neighbour [B, T, 1], or None
+        here, *others = weight.to(x.dtype).unbind(1)
+        y = x*here
+        for w, mask, step in zip(others, inside, steps):
+            mine, other = _apart(y, step)[0], _apart(x, step)[1]
+            mine.addcmul_(other if mask is None else other*_apart(mask, step)[0], w)
+        ctx.save_for_backward(x, weight)
+        ctx.inside, ctx.steps = inside, steps
+        return y
+
+    @staticmethod
+    def backward(ctx, g:Tensor):
+        x, weight = ctx.saved_tensors
+        here, *others = weight.to(x.dtype).unbind(1)
+        dx, dw = g*here, [(g*x).sum((0, 1))]
+        for w, mask, step in zip(others, ctx.inside, ctx.steps):
+            mine, other = _apart(g, step)[0], _apart(x, step)[1]
+            if mask is not None: mine = mine*_apart(mask, step)[0]
+            _apart(dx, step)[1].addcmul_(mine, w)
+            dw.append((mine*other).sum((0, 1)))
+        return dx, torch.stack(dw, 1).to(weight.dtype), None, None
+
 # %% ../../nbs/3_models/00_layers.ipynb #481fe12e
 class Conv3(nn.Module):
     "Each channel of a token, mixed with the same channel of two neighbours of its document."
@@ -180,13 +202,13 @@ class Conv3(nn.Module):
 
     def forward(self,
         x:Tensor, # [B, T, C]
-        positions:Tensor, # [B or 1, T] place in the document
+        positions:Tensor|None=None, # [B, T] place of each token in its document; None: each row is one document
         causal:bool=True, # look back only
         tail:Tensor|None=None, # [B, 2, C] the two inputs before `x`, when the row goes on; None: there are none
     )->Tensor: # [B, T, C]
-        here, back, third = self.weight.to(x.dtype).squeeze(1).unbind(-1)
-        long = F.pad(x, (0, 0, 2, 0)) if tail is None else torch.cat((tail, x), 1)
-        at = positions.unsqueeze(-1)
-        y = x*here + (long[:, 1:-1]*(at >= 1))*back
-        if causal: return y + (long[:, :-2]*(at >= 2))*third
-        return y + F.pad(x[:, 1:]*(at[:, 1:] >= 1), (0, 0, 0, 1))*third
+        weight = self.weight.squeeze(1)
+        if tail is not None: return _Mix.apply(torch.cat((tail, x), 1), weight, (None, None), (1, 2))[:, 2:]
+        if positions is None: return _Mix.apply(x, weight, (None, None), (1, 2 if causal else -1))
+        back, two = ((positions >= n).to(x.dtype).unsqueeze(-1) for n in (1, 2)) # so many tokens of the document lie behind
+        ahead = F.pad(back[:, 1:], (0, 0, 0, 1)) # the next token has this one behind it
+        return _Mix.apply(x, weight, (back, two if causal else ahead), (1, 2 if causal else -1))

@@ -92,7 +92,7 @@ class KVCache:
 class Layout:
     "What all blocks need to know about the rows in front of them."
     positions:Tensor      # [B or 1, T] place of each token in its document
-    cos:Tensor|None       # [B or 1, 1, T, D/2]; None: no rotation
+    cos:Tensor|None       # [B or 1, 1, T, D]; None: no rotation
     sin:Tensor|None       # the same
     causal:bool           # look back only
     document:Tensor|None  # [B, T] number of each token's document, -1 for padding; None: each row is one document
@@ -156,11 +156,11 @@ class Block(nn.Module):
 
     def mixed(self, h:Tensor, layout:Layout, state:dict[str, Tensor]|None)->Tensor: # [B, T, C]
         "The convolution; with a memory it goes on from the last two tokens that were not padding."
-        if state is None: return self.mix(h, layout.positions, layout.causal)
+        if state is None: return self.mix(h, None if layout.document is None else layout.positions, layout.causal)
         tail = state.get('tail', h.new_zeros(h.shape[0], 2, h.shape[2]))
         last = torch.as_tensor(layout.counts, device=h.device).view(-1, 1) + torch.arange(2, device=h.device) # in tail and h, one behind the other
         state['tail'] = torch.cat((tail, h), 1).gather(1, last.expand(len(h), 2)[..., None].expand(-1, -1, h.shape[2]))
-        return self.mix(h, layout.positions, tail=tail)
+        return self.mix(h, tail=tail)
 
 # %% ../../nbs/3_models/03_transformer.ipynb #3edfa448
 @torch.compiler.assume_constant_result # when a graph is traced the engine is tried out beforehand, not inside

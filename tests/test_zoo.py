@@ -1,0 +1,111 @@
+"Sizes, presets, and weights to Hugging Face's Llama and back."
+import typing
+import pytest, torch
+from pathlib import Path
+from torch.testing import assert_close
+from llmlab.config import Model, load_config
+from llmlab.files import ConfigError
+from llmlab.models.transformer import Shape, build, count_parameters, flops_per_token
+from llmlab.models.zoo import OBJECTIVES, SIZES, build_model, from_llama, shape_of, to_llama
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    "Tiny tensors: a second thread only waits, and badly so on busy cores."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+presets = sorted(p.stem for p in (Path(__file__).parent.parent/'llmlab/configs').glob('*.yaml'))
+base = dict(vocab_size=60, seq_len=32, d_model=48, num_layers=3, num_heads=6, num_kv_heads=2, d_ff=80, qk_norm=False)
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_sizes(name):
+    size = SIZES[name]
+    net = build(shape_of(Model(size=name), size['vocab_size'], 1024), device='meta')
+    count = sum(p.numel() for p in net.parameters())
+    assert count == count_parameters(net.shape)
+    documented = {'small': 25e6, 'medium': 50e6, 'large': 125e6, 'xl': 300e6, '415m': 415e6}
+    if name in documented: assert abs(count/documented[name]-1) < .03
+    assert net.shape.head_size % 8 == 0 # what fused kernels ask for
+    # work is about six operations a parameter, and attention
+    assert abs(flops_per_token(net.shape, 1)/(6*count)-1) < .02
+
+
+def test_the_config_knows_the_same_sizes_and_families():
+    assert set(typing.get_args(Model.model_fields['size'].annotation)) == set(SIZES)
+    assert set(typing.get_args(Model.model_fields['architecture'].annotation)) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize('preset', presets)
+def test_presets_are_built(preset):
+    cfg = load_config(preset, [])
+    vocab_size = cfg.tokenizer.vocab_size if cfg.tokenizer.kind in ('bpe', 'hf') else 300
+    network, objective = build_model(cfg, vocab_size, device='meta')
+    assert network.shape.seq_len == cfg.packing.seq_len and objective.name == cfg.model.architecture
+    if preset in SIZES: assert cfg.tokenizer.vocab_size == SIZES[preset]['vocab_size']
+
+
+def test_overrides():
+    s = shape_of(Model(size='small', d_model=192, num_heads=3, num_layers=2, norm='layernorm', position='learned', tie_embeddings=False), 100, 64)
+    assert (s.d_model, s.num_heads, s.num_kv_heads, s.num_layers, s.d_ff) == (192, 3, 3, 2, 512)
+    assert (s.norm, s.position, s.tie_embeddings, s.vocab_size, s.seq_len) == ('layernorm', 'learned', False, 100, 64)
+    assert shape_of(Model(size='415m'), 100, 64).num_kv_heads == 6 and shape_of(Model(size='415m', num_heads=6), 100, 64).num_kv_heads == 6
+    with pytest.raises(ConfigError, match='num_heads 6 is not a multiple of num_kv_heads 4'): shape_of(Model(size='small', num_kv_heads=4), 100, 64)
+
+
+def test_the_seed_and_recomputing_come_from_the_config():
+    a, b = (build_model(load_config('tiny_test', [f'run.seed={s}', 'trainer.gradient_checkpointing=full']), 300)[0] for s in (1, 2))
+    assert a.recompute == 'full' and not torch.equal(a.embed.weight, b.embed.weight)
+
+
+@pytest.mark.parametrize('other', [{}, dict(tie_embeddings=False), dict(num_kv_heads=6, rope_theta=500000.), dict(num_kv_heads=1, norm_eps=1e-5)])
+def test_llama_gives_the_same_scores(other):
+    net = build(Shape(**{**base, **other}), seed=3)
+    for p in net.parameters(): p.data.mul_(3. if p.ndim == 2 else 1).add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=.02)
+    tokens = torch.randint(60, (2, 32), generator=torch.Generator().manual_seed(0))
+    llama = to_llama(net)
+    with torch.no_grad():
+        wanted = net(tokens)
+        assert wanted.std() > .1
+        assert_close(llama(input_ids=tokens).logits, wanted, atol=1e-4, rtol=0)
+        back = from_llama(llama)
+        assert torch.equal(back(tokens), wanted)
+    assert back.shape == net.shape and sum(p.numel() for p in llama.parameters()) == count_parameters(net.shape)
+
+
+def test_llama_of_a_preset():
+    "The size small, as it is but for the norm on queries and keys."
+    net = build(shape_of(Model(size='small', qk_norm=False), 1000, 128), seed=0)
+    tokens = torch.randint(1000, (1, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): assert_close(to_llama(net)(input_ids=tokens).logits, net(tokens), atol=1e-4, rtol=0)
+
+
+def test_llama_learns_the_same():
+    "Same loss, same gradients: the fused matrices are theirs stacked."
+    import torch.nn.functional as F
+    from llmlab.models.ar import AR
+    from llmlab.packing.loader import Batch
+    net, tokens = build(Shape(**base), seed=3), torch.randint(60, (2, 33), generator=torch.Generator().manual_seed(0))
+    llama = to_llama(net)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 32), torch.zeros(2, 32, dtype=torch.int64), one_document=True)
+    loss = AR().loss(net, batch).sum
+    theirs = F.cross_entropy(llama(input_ids=batch.tokens).logits.flatten(0, 1), batch.targets.flatten(), reduction='sum')
+    assert_close(loss, theirs, rtol=1e-5, atol=0)
+    loss.backward(); theirs.backward()
+    at = llama.model.layers[1]
+    assert_close(net.blocks[1].attention.qkv.weight.grad, torch.cat([getattr(at.self_attn, f'{x}_proj').weight.grad for x in 'qkv']), rtol=1e-3, atol=1e-4)
+    assert_close(net.blocks[1].mlp.up.weight.grad, torch.cat([at.mlp.gate_proj.weight.grad, at.mlp.up_proj.weight.grad]), rtol=1e-3, atol=1e-4)
+    assert_close(net.embed.weight.grad, llama.model.embed_tokens.weight.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_no_llama():
+    with pytest.raises(ConfigError) as e: to_llama(build(Shape(**{**base, 'qk_norm': True, 'norm': 'layernorm', 'token_mix': 'conv3'})))
+    assert all(w in str(e.value) for w in ('qk_norm is True', 'norm is layernorm', 'token_mix is conv3'))
+    from transformers import LlamaConfig, LlamaForCausalLM
+    tiny = dict(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    odd = LlamaForCausalLM(LlamaConfig(**tiny, head_dim=16, attention_bias=True, rope_parameters={'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 2.}))
+    with pytest.raises(ConfigError) as e: from_llama(odd)
+    assert all(w in str(e.value) for w in ('rope_type linear', 'attention_bias', 'head_dim 16'))
