@@ -43,7 +43,7 @@ def draw(
     generator:torch.Generator|None=None, # not needed at temperature 0
 )->Tensor: # [B] int64
     "One token for each row."
-    if temperature == 0: return logits.argmax(-1)
+    if temperature == 0: return logits.float().argmax(-1)
     p, ids = shortlist(logits, temperature, top_k, top_p)
     place = torch.multinomial(p.to(generator.device), 1, generator=generator).to(logits.device)
     return (place if ids is None else ids.gather(1, place))[:, 0]

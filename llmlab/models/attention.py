@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'ENGINES', 'LONG', 'visible', 'spread', 'naive', 'Engine', 'segments', 'attend', 'make_plan', 'why_not',
-           'candidates', 'backend_for', 'choose_backend', 'attend_cached']
+           'candidates', 'backend_for', 'choose_backend', 'cache_dtype', 'attend_cached']
 
 # %% ../../nbs/3_models/01_attention.ipynb #ef3b7f0f
 import functools, importlib.util
@@ -264,15 +264,19 @@ def choose_backend(
     if say: say(f'Attention: {name} ({why}).')
     return name
 
-# %% ../../nbs/3_models/01_attention.ipynb #36741b0f
+# %% ../../nbs/3_models/01_attention.ipynb #28dec2bf
+def cache_dtype(x:Tensor)->torch.dtype: # keys or values
+    "The format to keep keys and values in."
+    return torch.promote_types(x.dtype, torch.float32) if x.device.type == 'cpu' else x.dtype
+
 def attend_cached(
     q:Tensor, # [B, H, t, D] the new tokens
-    keys:Tensor, # [B, S, Hk, D], with the new ones written at their places
-    values:Tensor, # [B, S, Hk, D]
+    keys:Tensor, # [B, Hk, S, D], with the new ones written at their places
+    values:Tensor, # [B, Hk, S, D]
     lengths:Tensor, # [B] tokens in the cache before the new ones
-)->Tensor: # [B, H, t, D]
+)->Tensor: # [B, H, t, D], in the format of q
     "Causal attention of new tokens over a cache."
     last = lengths[:, None] + torch.arange(q.shape[2], device=q.device)
-    seen = torch.arange(keys.shape[1], device=q.device) <= last[:, None, :, None] # [B, 1, t, S]
-    k, v = keys.transpose(1, 2), values.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=q.shape[1] != k.shape[1])
+    seen = torch.arange(keys.shape[2], device=q.device) <= last[:, None, :, None] # [B, 1, t, S]
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, seen, enable_gqa=q.shape[1] != keys.shape[1]).to(q.dtype)

@@ -18,15 +18,19 @@ def compute_dtype(
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if kind != 'meta' and torch.is_autocast_enabled(kind) else x.dtype
 
-# %% ../../nbs/3_models/00_layers.ipynb #e1bf1f35
+# %% ../../nbs/3_models/00_layers.ipynb #bb5cef62
+def _scaled(x:Tensor, weight:Tensor, eps:float, dtype:torch.dtype)->tuple[Tensor, Tensor]: # the result; one over the root
+    wide = x if x.dtype == torch.float64 else x.float()
+    r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide*r).mul_(weight).to(dtype), r
+
 class _RMSNorm(torch.autograd.Function):
     "RMSNorm that keeps its input and one number per token for the backward pass."
     @staticmethod
     def forward(ctx, x:Tensor, weight:Tensor, eps:float, dtype:torch.dtype)->Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, r = _scaled(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, r)
-        return (wide*r).mul_(weight).to(dtype)
+        return y
 
     @staticmethod
     def backward(ctx, g:Tensor):
@@ -46,7 +50,8 @@ def rms_norm(
 )->Tensor: # [..., C] in `compute_dtype(x)`
     "Scale each vector to a mean square of 1, then by `weight` (Zhang & Sennrich 2019). Computed in fp32."
     dtype = compute_dtype(x)
-    if x.device.type == 'cpu' and not torch.compiler.is_compiling(): return _RMSNorm.apply(x, weight, eps, dtype)
+    if x.device.type == 'cpu' and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x, weight, eps, dtype) if torch.is_grad_enabled() else _scaled(x, weight, eps, dtype)[0]
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
 
 # %% ../../nbs/3_models/00_layers.ipynb #a485140b
@@ -117,8 +122,8 @@ def rotate(
     sin:Tensor, # the same
 )->Tensor: # [B, H, T, D]
     "Turn the pairs (channel i, channel i + D/2) by their angles (Su et al. 2021)."
-    if not torch.compiler.is_compiling(): return _Rotate.apply(x, cos, sin)
-    return x*cos + _swapped(x)*sin
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling(): return _Rotate.apply(x, cos, sin)
+    return torch.addcmul(_swapped(x)*sin, x, cos)
 
 # %% ../../nbs/3_models/00_layers.ipynb #8bcbe9fd
 class _SwiGLU(torch.autograd.Function):
@@ -143,7 +148,7 @@ def swiglu(
     x:Tensor, # [..., 2F]: the gate, then what it gates
 )->Tensor: # [..., F]
     "silu(first half) * second half (Shazeer 2020)."
-    if not torch.compiler.is_compiling(): return _SwiGLU.apply(x)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling(): return _SwiGLU.apply(x)
     gate, up = x.chunk(2, -1)
     return F.silu(gate)*up
 

@@ -13,7 +13,7 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from ..files import ConfigError
-from .attention import ENGINES, attend, attend_cached, backend_for, make_plan
+from .attention import ENGINES, attend, attend_cached, backend_for, cache_dtype, make_plan
 from .layers import MLP, MLPS, Conv3, Norm, compute_dtype, positions_of, rotate, rotation
 
 # %% ../../nbs/3_models/03_transformer.ipynb #c947cbd4
@@ -129,10 +129,10 @@ class Attention(nn.Module):
     def recall(self, q:Tensor, k:Tensor, v:Tensor, layout:Layout, state:dict[str, Tensor])->Tensor: # [B, H, T, D]
         "Write the new keys and values at their places, then look at all."
         cache, (B, Hk, T, D) = layout.cache, k.shape
-        if 'k' not in state: state.update({name: k.new_zeros(B, cache.capacity, Hk, D) for name in 'kv'})
+        if 'k' not in state: state.update({name: k.new_zeros((B, Hk, cache.capacity, D), dtype=cache_dtype(k)) for name in 'kv'})
         rows, end = torch.arange(B, device=k.device)[:, None], cache.longest+T
-        for name, new in zip('kv', (k, v)): state[name][rows, layout.positions] = new.transpose(1, 2)
-        return attend_cached(q, state['k'][:, :end], state['v'][:, :end], cache.lengths)
+        for name, new in zip('kv', (k, v)): state[name].transpose(1, 2)[rows, layout.positions] = new.transpose(1, 2).to(state[name].dtype)
+        return attend_cached(q, state['k'][:, :, :end], state['v'][:, :, :end], cache.lengths)
 
 # %% ../../nbs/3_models/03_transformer.ipynb #764e203b
 class Block(nn.Module):
