@@ -305,7 +305,7 @@ def read_overrides(pairs:Iterable[str])->Source:
             at = at.setdefault(k, {})
             src.places.setdefault('.'.join(path[:i+1]), place)
         at[last] = value
-        src.places[key] = place
+        src.places[key], src.folders[key] = place, Path.cwd()
     return src
 
 # %% ../nbs/01_config.ipynb #6936073f
