@@ -51,4 +51,4 @@ if __name__ == '__main__':
         print(f'| {B} x {T}, {str(dtype)[6:]} | ' + ' | '.join(f'{t:.0f}' for t in attention(B, T, dtype, a.rounds).values()) + ' |')
     taken, sums = head(a.rounds)
     print('\n| head | ms | sum of the losses |\n|---|---:|---:|')
-    for name, total in sums.items(): print(f'| {name} | {taken.get(name, float("nan")):.0f} | {total:,.0f} |')
+    for name, total in sums.items(): print(f'| {name} | {f"{taken[name]:.0f}" if name in taken else ""} | {total:,.0f} |')
