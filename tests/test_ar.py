@@ -43,11 +43,11 @@ def test_pieces_equal_the_whole(N, V, rows, seed):
     h, w = torch.randn(N, 6, generator=g, dtype=torch.float64).requires_grad_(), torch.randn(V, 6, generator=g, dtype=torch.float64).requires_grad_()
     y, weights = torch.randint(V, (N,), generator=g), torch.rand(N, generator=g, dtype=torch.float64)*torch.randint(2, (N,), generator=g)
     wanted = (F.cross_entropy(h@w.T, y, reduction='none')*weights).sum()
-    total, hits = _HeadLoss.apply(h, w, y, weights, rows, True)
+    total, losses, right = _HeadLoss.apply(h, w, y, weights, None, rows, True)
     assert_close(total, wanted)
     assert_close(torch.autograd.grad(total*.37, (h, w)), torch.autograd.grad(wanted*.37, (h, w)))
-    assert_close(hits, (((h@w.T).argmax(-1) == y)*weights).sum())
-    assert_close(token_losses(h, w, y), F.cross_entropy(h@w.T, y, reduction='none').detach())
+    each = F.cross_entropy(h@w.T, y, reduction='none').detach()
+    for a, b in ((losses, right), token_losses(h, w, y)): assert_close((a, b), (each, ((h@w.T).argmax(-1) == y).double()))
 
 
 def test_bf16_loss_is_summed_in_fp32():
@@ -55,7 +55,7 @@ def test_bf16_loss_is_summed_in_fp32():
     h, w = torch.randn(3000, 64, generator=g).bfloat16(), torch.randn(500, 64, generator=g)*.1
     y = torch.randint(500, (3000,), generator=g)
     scores = (h@w.bfloat16().T).float()
-    total, hits = head_loss(h, w, y, torch.ones(3000))
+    total, *_ = head_loss(h, w, y, torch.ones(3000))
     assert total.dtype == torch.float32
     assert_close(total.double(), F.cross_entropy(scores.double(), y, reduction='sum'), rtol=1e-6, atol=0)
 
@@ -75,7 +75,7 @@ def test_bf16_gradients_are_as_good_as_those_of_the_plain_way():
 
 def test_no_gradient_is_made_when_none_is_asked_for():
     h, w = torch.randn(5, 4), torch.randn(7, 4, requires_grad=True)
-    with torch.no_grad(): total, _ = head_loss(h, w, torch.arange(5), torch.ones(5))
+    with torch.no_grad(): total, *_ = head_loss(h, w, torch.arange(5), torch.ones(5))
     assert not total.requires_grad
     assert head_loss(h, w, torch.arange(5), torch.ones(5))[0].requires_grad
     assert piece_rows('cpu', 8192) == 512 and piece_rows('cpu', 10**6) == 256 and piece_rows('cuda', 49152) == 2730
@@ -83,7 +83,7 @@ def test_no_gradient_is_made_when_none_is_asked_for():
 
 def test_a_tie_is_shared():
     h, w = torch.ones(4, 1), torch.tensor([[1.], [1.], [0.], [1.]])
-    assert_close(head_loss(h, w, torch.arange(4), torch.ones(4))[1], torch.tensor(1.)) # a third for each of three, and nothing
+    assert_close(head_loss(h, w, torch.arange(4), torch.ones(4))[2].sum(), torch.tensor(1.)) # a third for each of three, and nothing
 
 
 # Loss and likelihood
@@ -95,7 +95,8 @@ def test_loss_nll_and_the_definition(one):
     with torch.no_grad(): p = net(b.tokens, document=b.document).log_softmax(-1)
     wanted = -p.gather(2, b.targets[..., None])[..., 0]*b.weights
     assert_close(loss.sum, wanted.sum(), rtol=1e-5, atol=1e-4)
-    nats, counts = ar.nll(net, b)
+    nats, counts, right, asked, _ = ar.nll(net, b)
+    assert_close((right.sum(), asked), (loss.parts['accuracy'][0], counts))
     assert_close((nats, counts), (wanted.sum(1), b.weights.sum(1)), rtol=1e-5, atol=1e-4)
     assert loss.count == b.num_targets == counts.sum()
     assert_close(loss.parts['accuracy'][0], ((p.argmax(-1) == b.targets)*b.weights).sum())

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['shortlist', 'draw', 'check_dials', 'Reader', 'AR']
 
-# %% ../../nbs/3_models/05_ar.ipynb #04fbba29
+# %% ../../nbs/3_models/05_ar.ipynb #aae88448
 from collections.abc import Sequence
 import torch
 from torch import Tensor
 from ..files import ConfigError
-from .objective import LossSum, head_loss, token_losses
-from .transformer import KVCache, Transformer
+from .objective import LossSum, RowScores, head_loss, token_losses
+from .transformer import KVCache, Shape, Transformer
 from ..packing.loader import Batch
 
 # %% ../../nbs/3_models/05_ar.ipynb #1d434ed0
@@ -93,24 +93,39 @@ class Reader:
             if not self.done[i] and len(row)-self.starts[i] > self.limit: self.starts[i] = len(row)-max(1, self.limit//2)
         return self.read()
 
-# %% ../../nbs/3_models/05_ar.ipynb #b743adce
+# %% ../../nbs/3_models/05_ar.ipynb #c9fd74de
 class AR:
     "Autoregressive language model: the next token, given those before it."
     name, causal, is_bound = 'ar', True, False
+
+    def extras(self, shape:Shape, seed:int=0)->None:
+        "The stack is all that it needs."
+
+    def with_sampler(self, **options)->'AR':
+        "Itself: there is one way to write from left to right. Raises `ConfigError` for any option."
+        if options: raise ConfigError(f"{', '.join(options)}: an autoregressive model writes one token after the other, and has no such settings. They are for the families diffusion and sdd.")
+        return self
+
+    def fill(self, network:Transformer, rows:list[list[int]], hidden:list[list[bool]], **dials)->list[list[int]]:
+        "Raises `ConfigError`: it looks back only."
+        raise ConfigError('an autoregressive model reads from left to right and cannot fill a gap so that it fits what follows. Use a model of the family diffusion or sdd '
+                          '(model.architecture=diffusion model.init=RUN makes one of these weights), or continue a prompt.')
 
     def _hidden(self, network:Transformer, batch:Batch)->Tensor: # [B T, C]
         return network(batch.tokens, document=batch.document, one_document=batch.one_document, logits=False).flatten(0, 1)
 
     def loss(self, network:Transformer, batch:Batch, generator:torch.Generator|None=None)->LossSum:
         "Sum of the losses of all targets of a batch; parts: accuracy."
-        total, right = head_loss(self._hidden(network, batch), network.head_weight, batch.targets.flatten(), batch.weights.flatten())
-        return LossSum(total, batch.num_targets, {'accuracy': (right, batch.num_targets)})
+        weights = batch.weights.flatten()
+        total, _, right = head_loss(self._hidden(network, batch), network.head_weight, batch.targets.flatten(), weights)
+        return LossSum(total, batch.num_targets, {'accuracy': ((right*weights).sum(), batch.num_targets)})
 
     @torch.no_grad()
-    def nll(self, network:Transformer, batch:Batch, generator:torch.Generator|None=None)->tuple[Tensor, Tensor]: # [B] nats, [B] targets
-        "Exact negative log-likelihood of each row."
-        losses = token_losses(self._hidden(network, batch), network.head_weight, batch.targets.flatten()).view_as(batch.weights)
-        return (losses*batch.weights).sum(1), batch.weights.sum(1)
+    def nll(self, network:Transformer, batch:Batch, generator:torch.Generator|None=None, draws:int=1)->RowScores:
+        "Exact negative log-likelihood of each row; nothing is drawn."
+        found = token_losses(self._hidden(network, batch), network.head_weight, batch.targets.flatten())
+        nats, right = ((x.view_as(batch.weights)*batch.weights).sum(1) for x in found)
+        return RowScores(nats, count := batch.weights.sum(1), right, count)
 
     @torch.no_grad()
     def generate(self,
