@@ -264,7 +264,7 @@ def choose_backend(
     if say: say(f'Attention: {name} ({why}).')
     return name
 
-# %% ../../nbs/3_models/01_attention.ipynb #28dec2bf
+# %% ../../nbs/3_models/01_attention.ipynb #4bd5437f
 def cache_dtype(x:Tensor)->torch.dtype: # keys or values
     "The format to keep keys and values in."
     return torch.promote_types(x.dtype, torch.float32) if x.device.type == 'cpu' else x.dtype
@@ -273,10 +273,9 @@ def attend_cached(
     q:Tensor, # [B, H, t, D] the new tokens
     keys:Tensor, # [B, Hk, S, D], with the new ones written at their places
     values:Tensor, # [B, Hk, S, D]
-    lengths:Tensor, # [B] tokens in the cache before the new ones
+    last:Tensor, # [B, t] place of the last key that each new token may look at
 )->Tensor: # [B, H, t, D], in the format of q
-    "Causal attention of new tokens over a cache."
-    last = lengths[:, None] + torch.arange(q.shape[2], device=q.device)
+    "Attention of new tokens over a cache."
     seen = torch.arange(keys.shape[2], device=q.device) <= last[:, None, :, None] # [B, 1, t, S]
     with torch.autocast(q.device.type, enabled=False):
         return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, seen, enable_gqa=q.shape[1] != keys.shape[1]).to(q.dtype)

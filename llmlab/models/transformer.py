@@ -79,7 +79,7 @@ def flops_per_token(
     forward = 2*(s.num_layers*_matrices(s) + s.vocab_size*s.d_model) + 4*s.num_layers*T*s.d_model
     return 3*forward
 
-# %% ../../nbs/3_models/03_transformer.ipynb #578aeec4
+# %% ../../nbs/3_models/03_transformer.ipynb #15a81b47
 @dataclass
 class KVCache:
     "What a network remembers of the rows that it has read so far."
@@ -87,6 +87,14 @@ class KVCache:
     capacity:int          # most tokens that a row can have
     states:list[dict[str, Tensor]] # one for each block, filled by it
     longest:int=0         # no row has more tokens; known without asking the device
+    ends:Tensor|int=0     # [B] keys that a stack which looks both ways may see, though some are written anew
+
+    def rewind(self,
+        lengths:Tensor, # [B] where each row goes on
+        longest:int, # the most of them
+    )->None:
+        "Go back: what follows is written over, and seen meanwhile by a stack that looks both ways."
+        self.lengths, self.longest = lengths, longest
 
 @dataclass(frozen=True)
 class Layout:
@@ -100,8 +108,9 @@ class Layout:
     plan:Any              # what it prepared
     cache:KVCache|None    # rows that go on
     counts:Tensor|int     # [B] tokens of each row that are not padding
+    last:Tensor|None      # [B, T] cache: place of the last key that each token may look at
 
-# %% ../../nbs/3_models/03_transformer.ipynb #eaae3f18
+# %% ../../nbs/3_models/03_transformer.ipynb #237c01c9
 class Attention(nn.Module):
     "Grouped-query attention with rotary positions."
     def __init__(self, shape:Shape):
@@ -129,10 +138,11 @@ class Attention(nn.Module):
     def recall(self, q:Tensor, k:Tensor, v:Tensor, layout:Layout, state:dict[str, Tensor])->Tensor: # [B, H, T, D]
         "Write the new keys and values at their places, then look at all."
         cache, (B, Hk, T, D) = layout.cache, k.shape
+        end = cache.longest+T if layout.causal else cache.capacity
         if 'k' not in state: state.update({name: k.new_zeros((B, Hk, cache.capacity, D), dtype=cache_dtype(k)) for name in 'kv'})
-        rows, end = torch.arange(B, device=k.device)[:, None], cache.longest+T
+        rows = torch.arange(B, device=k.device)[:, None]
         for name, new in zip('kv', (k, v)): state[name].transpose(1, 2)[rows, layout.positions] = new.transpose(1, 2).to(state[name].dtype)
-        return attend_cached(q, state['k'][:, :, :end], state['v'][:, :, :end], cache.lengths)
+        return attend_cached(q, state['k'][:, :, :end], state['v'][:, :, :end], layout.last)
 
 # %% ../../nbs/3_models/03_transformer.ipynb #764e203b
 class Block(nn.Module):
@@ -162,7 +172,7 @@ class Block(nn.Module):
         state['tail'] = torch.cat((tail, h), 1).gather(1, last.expand(len(h), 2)[..., None].expand(-1, -1, h.shape[2]))
         return self.mix(h, tail=tail)
 
-# %% ../../nbs/3_models/03_transformer.ipynb #3edfa448
+# %% ../../nbs/3_models/03_transformer.ipynb #1177626b
 @torch.compiler.assume_constant_result # when a graph is traced the engine is tried out beforehand, not inside
 def _engine(*key)->str: return backend_for(*key)[0]
 
@@ -174,14 +184,21 @@ def lay_out(
     one_document:bool=False, # each row holds one document and then padding
     causal:bool=True, # look back only
     cache:KVCache|None=None, # rows that go on; `document` then says only what is padding
+    block:int|None=None, # cache: so many tokens see each other both ways, and what lies before them; None: as `causal` says
+    seen:Tensor|None=None, # [B or 1, T, T] bool: what each token may look at, instead of all other rules
+    positions:Tensor|None=None, # [B or 1, T] place of each token, for `seen`
 )->Layout:
     "Positions, angles and the plan of attention, for all blocks."
-    s, (B, T, _), counts = shape, x.shape, x.shape[1]
+    s, (B, T, _), counts, last = shape, x.shape, x.shape[1], None
+    assert s.token_mix == 'none' or seen is None and (cache is None or causal and block is None), 'the convolution knows neighbours only'
     like, place = torch.empty((B, 1, T, 0), dtype=compute_dtype(x), device=x.device), torch.arange(T, device=x.device)[None]
     if cache is not None:
-        assert causal and cache.longest+T <= cache.capacity, f'{cache.longest}+{T} tokens do not fit in a cache of {cache.capacity}, or the stack is not causal'
+        assert cache.longest+T <= cache.capacity, f'{cache.longest}+{T} tokens do not fit in a cache of {cache.capacity}'
         if document is not None: counts = (document >= 0).sum(1)
         positions, document, backend, plan = cache.lengths[:, None]+place, None, 'cache', None
+        last = _reach(positions, (cache.lengths+counts)[:, None], causal, block, cache)
+        causal = causal and block is None
+    elif seen is not None: backend, plan, causal, document = 'sdpa', seen[:, None], False, None
     else:
         if document is not None and not s.isolate_documents: document = document.clamp(max=0) # all one document, but for padding
         if causal and (one_document or not s.isolate_documents): document = None # padding comes last, and nobody looks ahead
@@ -190,9 +207,16 @@ def lay_out(
         plan = make_plan(like, causal=causal, document=document, backend=backend)
     length = max(s.seq_len, T if cache is None else cache.capacity)
     cos, sin = rotation(positions, length, s.head_size, s.rope_theta, like.dtype) if s.position == 'rope' else (None, None)
-    return Layout(positions, cos, sin, causal, document, backend, plan, cache, counts)
+    return Layout(positions, cos, sin, causal, document, backend, plan, cache, counts, last)
 
-# %% ../../nbs/3_models/03_transformer.ipynb #6c4e0a6d
+def _reach(positions:Tensor, written:Tensor, causal:bool, block:int|None, cache:KVCache)->Tensor: # [B, T]
+    "The last key that each new token may look at: itself, the end of its block, or the end of the row."
+    if block is not None: return torch.minimum((positions//block+1)*block, written)-1
+    if causal: return positions
+    cache.ends = torch.maximum(written[:, 0], torch.as_tensor(cache.ends, device=written.device))
+    return (cache.ends-1)[:, None].expand_as(positions)
+
+# %% ../../nbs/3_models/03_transformer.ipynb #515f8f9a
 class Transformer(nn.Module):
     "Tokens to vectors to scores of the next (or the hidden) token."
     def __init__(self,
@@ -201,6 +225,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         s, self.shape, self.backend, self.recompute = shape, shape, backend, 'none'
+        self.extras:nn.Module|None = None # what a family needs besides the stack (`Objective.extras`)
         self.embed = nn.Embedding(s.vocab_size, s.d_model)
         self.places = nn.Embedding(s.seq_len, s.d_model) if s.position == 'learned' else None
         self.blocks = nn.ModuleList(Block(s) for _ in range(s.num_layers))
@@ -214,18 +239,22 @@ class Transformer(nn.Module):
         one_document:bool=False, # each row holds one document and then padding: a causal stack needs no mask
         causal:bool=True, # look back only; False: both ways
         cache:KVCache|None=None, # go on with rows that were read before; `document` then says only what is padding
+        block:int|None=None, # with a cache: so many tokens see each other both ways, and what lies before them
+        keep:bool=True, # with a cache: remember these tokens; False: the next ones are written over them
+        seen:Tensor|None=None, # [B or 1, T, T] bool: what each token may look at, instead of all other rules
+        positions:Tensor|None=None, # [B or 1, T] place of each token, for `seen`
         embeds_delta:Tensor|None=None, # [B, T, C] added to the embeddings
         logits:bool=True, # False: give the vectors, not the scores
     )->Tensor: # [B, T, V], or [B, T, C]
         x = self.embed(tokens)
         if embeds_delta is not None: x = x + embeds_delta
-        layout = lay_out(x, self.shape, self.backend, document, one_document, causal, cache)
+        layout = lay_out(x, self.shape, self.backend, document, one_document, causal, cache, block, seen, positions)
         if self.places is not None: x = x + self.places(layout.positions)
         again = self.recompute == 'full' and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             if again: x = checkpoint(block, x, layout, use_reentrant=False, preserve_rng_state=False)
             else: x = block(x, layout, None if cache is None else cache.states[i])
-        if cache is not None: cache.lengths, cache.longest = cache.lengths+layout.counts, cache.longest+tokens.shape[1]
+        if cache is not None and keep: cache.lengths, cache.longest = cache.lengths+layout.counts, cache.longest+tokens.shape[1]
         h = self.norm(x)
         return self.head(h) if logits else h
 
