@@ -6,19 +6,19 @@
 __all__ = ['WINDOW_TOKENS', 'Batch', 'Window', 'as_window', 'assemble', 'permutation', 'Order', 'join_batches', 'load_window',
            'Reader', 'Ahead', 'send', 'receive', 'check_same', 'window_chunks', 'Loader', 'in_order']
 
-# %% ../../nbs/2_packing/02_loader.ipynb #07c236ac
+# %% ../../nbs/2_packing/02_loader.ipynb #b3681b70
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np, torch
 from torch import Tensor
 from ..files import CacheError, hash_json
 from .cache import Cache
 from .packer import Packed
 
-# %% ../../nbs/2_packing/02_loader.ipynb #32f5db3d
+# %% ../../nbs/2_packing/02_loader.ipynb #bf465f6b
 @dataclass
 class Batch:
     "Rows to learn from. `num_targets` is counted from the weights where it is not given."
@@ -29,12 +29,13 @@ class Batch:
     rows:Tensor|None=None     # [B] int64: number of the row in the cache; stays on the host
     one_document:bool=False   # every row holds a single document (padding may follow it)
     num_targets:int|None=None # targets that count
+    place:int|None=None       # rows that all ranks were given before its first: where it stands in the run; None: nowhere
 
     def __post_init__(self):
         if self.num_targets is None: self.num_targets = int(self.weights.sum())
 
     def _map(self, f)->'Batch':
-        return Batch(*(f(getattr(self, k)) for k in ('tokens', 'targets', 'weights', 'document')), self.rows, self.one_document, self.num_targets)
+        return Batch(*(f(getattr(self, k)) for k in ('tokens', 'targets', 'weights', 'document')), self.rows, self.one_document, self.num_targets, self.place)
     def to(self, device:str|torch.device, non_blocking:bool=False)->'Batch': return self._map(lambda t: t.to(device, non_blocking=non_blocking))
     def pin_memory(self)->'Batch': return self._map(Tensor.pin_memory)
 
@@ -262,7 +263,7 @@ def window_chunks(
     "How many of its chunks are shuffled together, where nobody says otherwise: as many as `WINDOW_TOKENS` make."
     return max(1, WINDOW_TOKENS//(cache.meta['params']['chunk_rows']*(cache.seq_len+1)))
 
-# %% ../../nbs/2_packing/02_loader.ipynb #7e22ff82
+# %% ../../nbs/2_packing/02_loader.ipynb #eaeb6e4d
 class Loader:
     "Endless batches of one rank. `position` counts the rows that all ranks were given so far."
     def __init__(self,
@@ -294,7 +295,8 @@ class Loader:
         self._reader = Reader(self.cache, self.seed, window, self.shuffle, max(1, self.workers))
 
     def _make(self, position:int)->tuple: # batch, arrival
-        return send(self._reader.batch(position + self.rank*self.batch_rows, self.batch_rows), self.device, self._copies)
+        place = position + self.rank*self.batch_rows
+        return send(replace(self._reader.batch(place, self.batch_rows), place=place), self.device, self._copies)
 
     def __iter__(self)->'Loader': return self
     def __next__(self)->Batch:
