@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'KEYS', 'TENSORS', 'own_network', 'save_checkpoint', 'checkpoint_name', 'check_files', 'is_complete',
            'list_checkpoints', 'latest', 'best', 'find_checkpoint', 'load_checkpoint', 'prune', 'rewind', 'TrainState',
-           'Stateful', 'capture', 'load_weights', 'restore', 'checkpointer']
+           'Stateful', 'capture', 'averaged_weights', 'load_weights', 'restore', 'start_from', 'checkpointer']
 
 # %% ../../nbs/4_trainer/02_checkpoint.ipynb #738f3125
 import contextlib, os, pickle, re, shutil
@@ -53,7 +53,7 @@ def _plain_disk_errors()->Iterator[None]:
         if not isinstance(e.__context__, OSError): raise
         raise e.__context__ from None
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #ebffb5b7
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #8faac881
 def save_checkpoint(
     folder:str|Path, # the checkpoint's own folder, as checkpoints/step-00000100; replaced if it is there
     state:dict, # `KEYS`, and whatever else JSON can hold
@@ -62,9 +62,11 @@ def save_checkpoint(
     "Write a checkpoint, whole or not at all. Costs two passes over the bytes: writing, and hashing what was written. Raises `CheckpointError`."
     assert not (lack := [k for k in KEYS if k not in state]), f'a checkpoint needs {lack}'
     weights, ties = _tie(state['model_state_dict'])
-    meta = {k: v for k, v in state.items() if k not in (*TENSORS, 'model_state_dict')}
+    meta, ema = {k: v for k, v in state.items() if k not in (*TENSORS, 'model_state_dict', 'ema_state_dict')}, state.get('ema_state_dict')
+    if ema: meta['ema'] = {k: v for k, v in ema.items() if k != 'weights'}
     with whole_folder(folder, CheckpointError) as part, _plain_disk_errors():
         save_file(weights, part/'model.safetensors')
+        if ema: save_file({k: t.contiguous() for k, t in ema['weights'].items()}, part/'ema.safetensors')
         with open(part/'training.pt', 'wb') as f: torch.save({k: state.get(k) for k in TENSORS}, f)
         write_json(part/'meta.json', meta | {'format_version': FORMAT, 'ties': ties, 'config_hash': hash_json(state['train_config'])})
         for path in files: shutil.copyfile(path, part/Path(path).name)
@@ -149,12 +151,16 @@ def find_checkpoint(
     if found is None: raise CheckpointError(f'{path} has no complete checkpoint. Train first, or name another run.')
     return found
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #37a32993
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #7b5c4807
 def _advice(folder:Path)->str:
     "Which older checkpoint is good? (Every byte of it is read: this is asked when a disk has lied once.)"
     for older in reversed([p for p in list_checkpoints(folder.parent) if p.name < folder.name]):
         if is_complete(older) and not check_files(older): return f'The newest complete one before it is {older}: use that.'
     return 'There is no complete one before it.'
+
+def _read_weights(path:Path)->dict[str, Tensor]:
+    try: return load_file(path)
+    except SafetensorError as e: raise CheckpointError(f'{path} is not a safetensors file ({e}). {_advice(path.parent)}') from e
 
 def _read_training(path:Path)->dict:
     try: return torch.load(path, map_location='cpu', weights_only=True)
@@ -162,22 +168,22 @@ def _read_training(path:Path)->dict:
         raise CheckpointError(f'{path} holds more than tensors and numbers, and loading it could run code. It was not loaded. '
                               f'Do not use a checkpoint whose origin you do not know. ({str(e).splitlines()[0][:120]})') from e
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #6cd3b480
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #ef01b5fb
 def load_checkpoint(
     folder:str|Path, # a checkpoint
-    training:bool=True, # also read what only training needs; False: weights and meta data
-)->dict: # `KEYS` and what else was saved, tensors on the CPU
+    training:bool=True, # also read what only training needs; False: weights, their average and meta data
+)->dict: # `KEYS`, `ema_state_dict` (None: no average) and what else was saved, tensors on the CPU
     "Read a checkpoint after checking its hashes. Raises `CheckpointError`, naming the file and the newest good checkpoint before."
     folder = Path(folder)
-    wrong = check_files(folder, only=() if training else ('model.safetensors', 'meta.json'))
+    wrong = check_files(folder, only=() if training else ('model.safetensors', 'ema.safetensors', 'meta.json'))
     if wrong: raise CheckpointError(f"{'; '.join(wrong)}. {_advice(folder)}")
     meta = read_json(folder/'meta.json', CheckpointError)
     if meta['format_version'] > FORMAT:
         raise CheckpointError(f"{folder} has format {meta['format_version']}; this llmlab reads up to {FORMAT}. Install a newer llmlab.")
-    try: weights = load_file(folder/'model.safetensors')
-    except SafetensorError as e: raise CheckpointError(f'{folder}/model.safetensors is not a safetensors file ({e}). {_advice(folder)}') from e
+    weights, ema = _read_weights(folder/'model.safetensors'), meta.pop('ema', None)
     weights |= {name: weights[same] for name, same in meta.pop('ties').items()}
-    return meta | {'model_state_dict': weights} | (_read_training(folder/'training.pt') if training else {})
+    if ema: ema['weights'] = _read_weights(folder/'ema.safetensors')
+    return meta | {'model_state_dict': weights, 'ema_state_dict': ema} | (_read_training(folder/'training.pt') if training else {})
 
 # %% ../../nbs/4_trainer/02_checkpoint.ipynb #59fc3e66
 def prune(
@@ -252,7 +258,7 @@ class Stateful(Protocol):
     def state_dict(self)->dict: ...
     def load_state_dict(self, state:dict)->None: ...
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #edde8477
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #5793066b
 def capture(
     state:TrainState, # the counters
     *,
@@ -261,6 +267,7 @@ def capture(
     scaler:Stateful|None=None, # GradScaler, where fp16 uses one
     generators:dict[str, torch.Generator]|None=None, # by name: those that training draws from
     loader:Stateful|None=None, # its place in the data
+    ema:Stateful|None=None, # moving average of the weights (`Ema`), where the run keeps one
     model_config:dict|None=None, # from which the network can be built again
     train_config:dict|None=None, # the whole config of the run
     architecture:str='ar', # family of the model
@@ -271,19 +278,44 @@ def capture(
     return dict(global_step=state.global_step, best_val_loss=state.best_val_loss, val_loss=state.val_loss, train_state=asdict(state),
         model_state_dict=own_network(network).state_dict(), optimizer_state_dict=optimizer.state_dict(),
         scaler_state_dict=scaler.state_dict() if scaler else {}, scheduler_state_dict={'last_step': state.global_step},
-        generator_states=_generator_states(generators or {}, _device(network)), loader_state=loader.state_dict() if loader else {},
+        generator_states=_generator_states(generators or {}, _device(network)), loader_state=loader.state_dict() if loader else {}, ema_state_dict=ema.state_dict() if ema else None,
         model_config=model_config or {}, train_config=train_config or {}, architecture=architecture, cache_info=cache_info or {}, **more)
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #453a4e93
-def load_weights(
-    network:nn.Module, # takes the weights
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #ae34b339
+def averaged_weights(
     checkpoint:dict, # from `load_checkpoint`
-)->None:
-    "Put a checkpoint's weights into a network of the same shape. Raises `CheckpointError` if names or shapes differ."
-    try: own_network(network).load_state_dict(checkpoint['model_state_dict'])
+)->dict[str, Tensor]: # with all the names of `model_state_dict`
+    "The moving average of the weights; frozen weights and buffers as they are. Raises `CheckpointError` if the checkpoint has none."
+    ema = checkpoint.get('ema_state_dict')
+    if not ema: raise CheckpointError(f"step {checkpoint['global_step']:,} has no averaged weights: its run was trained with optim.ema null. Use the weights themselves.")
+    kept, ties = _tie(checkpoint['model_state_dict'])
+    assert ema['weights'].keys() <= kept.keys(), 'an average of other parameters than those beside it'
+    kept |= ema['weights']
+    return kept | {name: kept[same] for name, same in ties.items()}
+
+def _put(network:nn.Module, weights:dict[str, Tensor])->None:
+    try: own_network(network).load_state_dict(weights)
     except RuntimeError as e:
         lines = [line.strip() for line in str(e).splitlines()[1:]]
         raise CheckpointError(f"the weights do not fit this model: {' '.join(lines)[:400]} Use the model settings that they were trained with.") from e
+
+def load_weights(
+    network:nn.Module, # takes the weights
+    checkpoint:dict, # from `load_checkpoint`
+    averaged:bool=False, # their moving average instead of the weights themselves
+)->None:
+    "Put a checkpoint's weights into a network of the same shape. Raises `CheckpointError` if names or shapes differ, or there is no average."
+    _put(network, averaged_weights(checkpoint) if averaged else checkpoint['model_state_dict'])
+
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #eb7bf248
+def _same_ema(checkpoint:dict, ema:Stateful|None)->None:
+    "Raise `CheckpointError` if one of checkpoint and run has an average of the weights and the other has not."
+    saved = checkpoint.get('ema_state_dict')
+    if saved and ema is None:
+        raise CheckpointError(f"the checkpoint has a moving average of the weights and optim.ema is null: the average would be lost. Go on with optim.ema={saved['decay']}, "
+                              'or start a new run from these weights.')
+    if ema is not None and not saved:
+        raise CheckpointError('optim.ema asks for a moving average of the weights and the checkpoint has none. Go on with optim.ema=null, or start a new run from these weights.')
 
 def restore(
     checkpoint:dict, # from `load_checkpoint`
@@ -293,14 +325,30 @@ def restore(
     scaler:Stateful|None=None, # takes the scale
     generators:dict[str, torch.Generator]|None=None, # by name, as in `capture`
     loader:Stateful|None=None, # goes to its place in the data
+    ema:Stateful|None=None, # takes the average of the weights
 )->TrainState: # the counters
     "Put a checkpoint back into fresh objects. Raises `CheckpointError` if they are of another kind."
+    _same_ema(checkpoint, ema)
     load_weights(network, checkpoint)
     optimizer.load_state_dict(checkpoint['optimizer_state_dict'])
+    if ema is not None: ema.load_state_dict(checkpoint['ema_state_dict'])
     if scaler and checkpoint['scaler_state_dict']: scaler.load_state_dict(checkpoint['scaler_state_dict'])
     if loader and checkpoint['loader_state']: loader.load_state_dict(checkpoint['loader_state'])
     _set_generators(checkpoint['generator_states'], generators or {}, _device(network))
     return TrainState(**checkpoint['train_state'])
+
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #a0510713
+def start_from(
+    network:nn.Module, # takes the weights
+    checkpoint:dict, # of another run, from `load_checkpoint`
+    fresh:tuple[str, ...]=('extras.',), # names that begin so may be missing on either side
+)->list[str]: # names that the checkpoint does not have: they stayed as they were
+    "Begin with another run's weights, averaged if it has an average. Raises `CheckpointError` if anything but `fresh` differs."
+    weights = averaged_weights(checkpoint) if checkpoint.get('ema_state_dict') else checkpoint['model_state_dict']
+    here = own_network(network).state_dict()
+    stayed = [name for name in here if name.startswith(fresh) and name not in weights]
+    _put(network, {k: t for k, t in weights.items() if k in here or not k.startswith(fresh)} | {k: here[k] for k in stayed})
+    return stayed
 
 # %% ../../nbs/4_trainer/02_checkpoint.ipynb #12552743
 def checkpointer(
