@@ -182,3 +182,76 @@ def test_clipping_is_of_the_whole_gradient():
     assert clip_gradients([p, q, idle], 2.5).item() == 5.
     assert_close(torch.cat([p.grad, q.grad]).norm(), torch.tensor(2.5), rtol=1e-5, atol=0)
     assert clip_gradients(iter([p, q]), 100.).item() == pytest.approx(2.5)
+
+
+def own(n, path, **settings):
+    n.get_submodule(path).own_optim = settings
+    return n
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_modules_with_settings_of_their_own(name):
+    "Each parameter is in one group; own groups come last, are named, are AdamW's, and follow the schedule."
+    n = own(own(own(net(), 'blocks.1', lr=.1), 'blocks.1.norm', weight_decay=0., lr=2), 'blocks.0.mix', weight_decay=.7)
+    optimizer = build_optimizer(n, Optim(name=name, lr=.01, weight_decay=.3))
+    assert {id(p) for p in n.parameters()} == {id(p) for p in optimizer.parameters} and len(optimizer.parameters) == len(list(n.parameters()))
+    groups = {g['name']: g for g in optimizer.param_groups if 'name' in g}
+    assert list(groups) == ['blocks.0.mix', 'blocks.1.norm', 'blocks.1.decay', 'blocks.1.plain'] and optimizer.param_groups[-4:] == list(groups.values())
+    assert [(g['lr'], g['weight_decay']) for g in groups.values()] == [(.01, .7), (.02, 0.), (pytest.approx(.001), .3), (pytest.approx(.001), 0.)]
+    assert set(groups['blocks.1.decay']['param_names']) == {'blocks.1.qkv.weight', 'blocks.1.out.weight', 'blocks.1.mix.weight'}
+    assert groups['blocks.0.mix']['param_names'] == ['blocks.0.mix.weight', 'blocks.0.mix.bias'] # its own decay is for all of it
+    assert all(any(g is h for h in optimizer.parts[-1].param_groups) for g in groups.values()) and isinstance(optimizer.parts[-1], torch.optim.AdamW)
+    assert optimizer.set_rate(.5) == .005 and [g['lr'] for g in groups.values()] == pytest.approx([.005, .01, .0005, .0005])
+
+
+def test_own_settings_are_what_adamw_does_with_them():
+    "A step of each tensor against torch's AdamW on that tensor alone, at the rate and decay that were asked for."
+    n, m = own(net(), 'blocks.0.out', lr=.1, weight_decay=0.), net()
+    optimizer = build_optimizer(n, Optim(lr=.01, weight_decay=.3))
+    alone = torch.optim.AdamW([{'params': [p], 'lr': .001 if '0.out' in k else .01, 'weight_decay': .3 if p.ndim >= 2 and '0.out' not in k else 0.} for k, p in m.named_parameters()],
+                              betas=Optim().betas, eps=Optim().eps, fused=True)
+    learn(n, optimizer, 4); learn(m, alone, 4)
+    for p, q in zip(n.parameters(), m.parameters()): assert_close(p, q, rtol=0, atol=0)
+
+
+def test_without_own_settings_the_groups_are_as_ever():
+    for name in ('adamw', 'muon'):
+        assert all('name' not in g for g in build_optimizer(net(), Optim(name=name)).param_groups)
+
+
+def test_extras_are_never_muons():
+    n = net()
+    n.extras = nn.ModuleList([Block()])
+    hidden = {k for k, _ in sort_parameters(n, muon=True)['hidden']}
+    assert hidden == {f'blocks.{i}.{m}.weight' for i in (0, 1) for m in ('qkv', 'out')}
+    build_optimizer(n, Optim(name='muon')) # and splits of a matrix that Muon does not have do no harm
+
+
+def test_frozen_modules_and_networks_that_are_all_their_own():
+    n = own(net(), 'blocks.0', lr=.5)
+    for p in n.blocks[0].parameters(): p.requires_grad_(False)
+    assert all('name' not in g for g in build_optimizer(n, Optim()).param_groups)
+    n = net()
+    n.own_optim = {'lr': 1., 'weight_decay': 0.}
+    assert [len(g['params']) for g in build_optimizer(n, Optim(name='muon')).param_groups] == [len(list(n.parameters()))]
+
+
+@pytest.mark.parametrize('bad', [{'weight_decay': None}, {'lr': None}, {'lr': -1.}, {'rate': .1}, {'lr': '0.1'}])
+def test_own_settings_that_make_no_sense(bad):
+    with pytest.raises(AssertionError, match=r'blocks.0.out.own_optim is \{'): build_optimizer(own(net(), 'blocks.0.out', **bad), Optim())
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_own_settings_saved_and_loaded(name):
+    settings = Optim(name=name, lr=.01)
+    n = own(net(), 'blocks.0.out', lr=.1)
+    a = build_optimizer(n, settings)
+    learn(n, a, 5)
+    file = io.BytesIO()
+    torch.save(a.state_dict(), file)
+    m = own(net(), 'blocks.0.out', lr=.2) # another multiplier in the resumed run: the config wins
+    m.load_state_dict(n.state_dict())
+    b = build_optimizer(m, settings)
+    b.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert {g['name']: g['lr'] for g in b.param_groups if 'name' in g} == {'blocks.0.out.decay': .002, 'blocks.0.out.plain': .002}
+    with pytest.raises(CheckpointError, match='in 4 groups'): build_optimizer(net(), settings).load_state_dict(a.state_dict())

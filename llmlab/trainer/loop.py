@@ -7,7 +7,7 @@ __all__ = ['MOST_SKIPPED', 'take', 'accumulate', 'Window', 'Watch', 'keep_batch'
            'parse_limit', 'Hook', 'every', 'Clock', 'training_metrics', 'machine_errors', 'move', 'count', 'Between',
            'fit']
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #08c891dc
+# %% ../../nbs/4_trainer/04_loop.ipynb #b52f2d0b
 import contextlib, math, signal, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ from ..models.objective import LossSum, Objective
 from ..packing.loader import Batch
 from .checkpoint import TrainState
 from .machine import Machine, matmul_peak, memory_gb
-from .optim import JointOptimizer, clip_gradients
+from .optim import Ema, JointOptimizer, clip_gradients
 from .tracking import Stopped, Tracker
 
 # %% ../../nbs/4_trainer/04_loop.ipynb #a04928c7
@@ -338,7 +338,7 @@ class Between:
         if self.save: self.tracker.say(f'{why}: step {self.state.global_step:,} is done; saving, then leaving. (Ctrl-C now leaves without saving.)')
         raise Stopped(why, self.state.global_step, self.write())
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #23eb7d93
+# %% ../../nbs/4_trainer/04_loop.ipynb #1bb3af32
 @machine_errors()
 def fit(
     network:nn.Module, # on the machine's device
@@ -353,6 +353,7 @@ def fit(
     machine:Machine=Machine(), # device, format, compiled or not
     scaler:torch.amp.GradScaler|None=None, # the one that is checkpointed; None: machine.scaler()
     generator:torch.Generator|None=None, # for objectives that draw
+    ema:Ema|None=None, # moving average of the weights, updated after each step that was made
     state:TrainState|None=None, # counters of a resumed run; None: a new one
     hooks:Iterable[Hook]=(), # every(500, validate), ...
     save:Callable[[TrainState], Path|None]|None=None, # writes a checkpoint (`checkpointer`)
@@ -379,6 +380,7 @@ def fit(
             optimizer.set_rate(rate(state.global_step))
             given, losses = accumulate(loss_of, network, micro, machine, scaler, generator)
             norm = move(optimizer, scaler, clip, lambda norm: watch.look(step, micro, losses, norm), state)
+            if ema and not state.skipped: ema.update()
             count(state, window, micro, given, norm)
             why = request.reason or limit.reached(step-first, start)
             if why and step < total_steps: between.stop(why)
