@@ -251,15 +251,16 @@ def sweep(
         points.append({'name': f'temperature {t:g}', 'temperature': t} | about(out.rows) | out.costs())
     return points + [{'name': REAL, 'temperature': None} | about(real)]
 
-# %% ../../nbs/5_eval/03_generation.ipynb #d54375a2
+# %% ../../nbs/5_eval/03_generation.ipynb #f142ee7c
 def plot_frontier(
     curves:dict[str, list[dict]], # name of a model -> what `sweep` gave
     title:str='', # above the picture
+    pooled:bool=False, # entropy of all rows together instead of that of a row: for short rows
 )->bytes: # a PNG file
     "Entropy and nats of every point, one curve a model, real text as a star. Raises `DataError` if there was no judge."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    place = lambda p: (p.get('gen/entropy'), p.get('gen/judge_nats'))
+    place = lambda p: (p.get('gen/entropy_pooled' if pooled else 'gen/entropy'), p.get('gen/judge_nats'))
     fig = Figure(figsize=(6, 4), dpi=110, layout='constrained')
     FigureCanvasAgg(fig)
     ax, stars = fig.add_subplot(), {}
@@ -270,7 +271,7 @@ def plot_frontier(
         ax.plot(*zip(*map(place, written)), 'o-', color=f'C{i}', ms=4, label=name)
         for p in written: ax.annotate(f'{p["temperature"]:g}', place(p), xytext=(4, 4), textcoords='offset points', fontsize=8, color=f'C{i}')
     for i, star in enumerate(stars): ax.plot(*star, '*', color='black', ms=14, label=None if i else REAL)
-    ax.set(xlabel='entropy of a row (nats)', ylabel='judge (nats per token)', title=title)
+    ax.set(xlabel=f'entropy of {"all rows together" if pooled else "a row"} (nats)', ylabel='judge (nats per token)', title=title)
     ax.grid(alpha=.3)
     ax.legend()
     png = io.BytesIO()
