@@ -224,7 +224,7 @@ def write_rows(
     machine.wait()
     return Written(prompts, rows, len(calls)/batches, time.perf_counter()-start)
 
-# %% ../../nbs/5_eval/03_generation.ipynb #3d759758
+# %% ../../nbs/5_eval/03_generation.ipynb #537d20d6
 REAL = 'real text'
 
 def sweep(
@@ -242,9 +242,10 @@ def sweep(
     machine:Machine=Machine(), # device, and the format of the products
 )->list[dict]: # JSON; each with name, temperature and the numbers; the last is of the real text
     "Statistics of generated rows at each temperature, beside those of real text with the same beginnings."
+    assert all(len(w) > prompt_tokens for w in windows), 'windows and prompt_tokens do not belong together'
     prompts, real = [list(w[:prompt_tokens]) for w in windows], [list(w[prompt_tokens:]) for w in windows]
     def about(rows:list[list[int]])->dict:
-        return row_statistics(rows) | (judge_rows(judge, prompts, rows, tokenizer, machine=machine) if judge else {})
+        return row_statistics(rows) | (judge_rows(judge, prompts, rows, tokenizer, machine=Machine(machine.device)) if judge else {})
     points = []
     for t in temperatures:
         out = write_rows(network, objective, prompts, max_new_tokens=max_new_tokens, temperature=t, stop_id=tokenizer.eos_id, seed=seed, batch_rows=batch_rows, machine=machine)
