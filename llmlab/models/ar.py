@@ -93,13 +93,17 @@ class Reader:
             if not self.done[i] and len(row)-self.starts[i] > self.limit: self.starts[i] = len(row)-max(1, self.limit//2)
         return self.read()
 
-# %% ../../nbs/3_models/05_ar.ipynb #c9fd74de
+# %% ../../nbs/3_models/05_ar.ipynb #2d3c79cc
 class AR:
     "Autoregressive language model: the next token, given those before it."
     name, causal, is_bound = 'ar', True, False
 
     def extras(self, shape:Shape, seed:int=0)->None:
         "The stack is all that it needs."
+
+    def probe(self, network:Transformer, batch:Batch)->dict:
+        "Nothing more to look at."
+        return {}
 
     def with_sampler(self, **options)->'AR':
         "Itself: there is one way to write from left to right. Raises `ConfigError` for any option."

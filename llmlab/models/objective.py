@@ -29,7 +29,7 @@ class RowScores(NamedTuple):
     asked:Tensor # [B] guesses made
     variance:Tensor|None=None # [B] of `nats`, from the random draws; None: nothing is drawn, or only once
 
-# %% ../../nbs/3_models/04_objective.ipynb #f23d324d
+# %% ../../nbs/3_models/04_objective.ipynb #0966deac
 class Objective(Protocol):
     "What a family can do with a network."
     name:str     # ar, ...
@@ -48,6 +48,8 @@ class Objective(Protocol):
     def fill(self, network:nn.Module, rows:list[list[int]], hidden:list[list[bool]], *, temperature:float=1., top_k:int|None=None,
              top_p:float|None=None, generator:torch.Generator|None=None)->list[list[int]]:
         "Write the hidden tokens of each row, whatever their pattern; gives whole rows. Raises `ConfigError` where the family cannot."
+    def probe(self, network:nn.Module, batch:Batch)->dict[str, tuple[Tensor, int|Tensor]]:
+        "What else is worth knowing of a validation batch: name -> sum, count; logged as `{family}/{name}`."
     def with_sampler(self, **options)->'Objective':
         "The same objective with other settings of its sampler. Raises `ConfigError` for those that it does not have."
 
