@@ -228,7 +228,7 @@ def lose(
     order = torch.rand(len(can), generator=generator).masked_fill(~can.cpu(), 2.).argsort()
     return torch.zeros(len(can), dtype=torch.bool).index_fill_(0, order[:number], True).to(can.device)
 
-# %% ../../nbs/3_models/071_swap.ipynb #97b9b4d7
+# %% ../../nbs/3_models/071_swap.ipynb #2ece5088
 class Canvas(NamedTuple):
     "Rows as the network is to see them."
     state:SparseState # of each position
@@ -242,9 +242,10 @@ class _Reading:
         target = {special[name] for name in ('BOS', 'EOS', 'UNK')} # some tokenizers pad with EOS
         self.spare = special['EOS'] # stands for what is not scored
         self.never = sorted({special[name] for name in ('PAD', 'MASK', 'IGNORE')} - target)
-        for k in {settings.k, settings.fixed_k or settings.k, *(settings.k_schedule or ())}:
+        for k in {settings.k, *(settings.k_schedule or ()), *([] if settings.fixed_k is None else [settings.fixed_k])}:
             if k < 1: raise ConfigError(f'model.sdd.k is {k}; with model.sdd.process=swap a state has 1 candidate or more. For none take model.architecture=diffusion.')
-            if s.clean_temp*k >= 1: raise ConfigError(f'model.sdd.swap.clean_temp {s.clean_temp} for each of {k-1} false candidates leaves the true one with less than any of them. Take less than {1/k:.3g}.')
+            if s.clean_temp*k >= 1: raise ConfigError(f'model.sdd.swap.clean_temp {s.clean_temp} for each of {k-1} false candidates leaves the true one '
+                                                      f'no more than any of them. Take less than {1/k:.3g}.')
 
     def never_on(self, device:torch.device)->Tensor: return torch.tensor(self.never, device=device)
 
@@ -279,7 +280,7 @@ def _loss(reading:_Reading, network:Transformer, batch:Batch, k:int, generator:t
     if not swap.two_step: parts['nelbo'] = ((each*lost*bound_weight(t, swap)[:, None]).sum(), count) # flat rule: without the last 5 %, which it never hides
     return LossSum(total, count, parts)
 
-# %% ../../nbs/3_models/071_swap.ipynb #540015db
+# %% ../../nbs/3_models/071_swap.ipynb #0dbf4bd6
 @torch.no_grad()
 def _bound(reading:_Reading, network:Transformer, batch:Batch, generator:torch.Generator|None, draws:int)->RowScores:
     "The likelihood bound of each row, made on the host row by row and read together."
@@ -296,7 +297,8 @@ def _bound(reading:_Reading, network:Transformer, batch:Batch, generator:torch.G
             made.append((*shown(row[None], lost[None], t[None], k, V, swap, g), lost[None], t[None]))
         probs, indices, lost, t = (torch.cat(a).to(x.device) for a in zip(*made))
         h = reading.vectors(network, Canvas(SparseState(probs, indices), t, document))[lost]
-        each, good = (torch.zeros(x.shape, dtype=a.dtype, device=x.device).masked_scatter(lost, a).sum(1) for a in token_losses(h, network.head_weight, x[lost], reading.never_on(x.device)))
+        found = token_losses(h, network.head_weight, x[lost], reading.never_on(x.device))
+        each, good = (torch.zeros(x.shape, dtype=a.dtype, device=x.device).masked_scatter(lost, a).sum(1) for a in found)
         values.append(each*total/lost.sum(1).clamp(min=1))
         right, asked = right+good, asked+lost.sum(1)
     values = torch.stack(values)
