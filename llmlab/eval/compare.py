@@ -78,7 +78,7 @@ def compare(
     lines = [[line.name, *(line.text(column) or '' for column in columns)] for group, columns in ((SCORED, scores), (WRITTEN, points), (SPEED, scores)) for line in group]
     return ['', *head], [line for line in lines if any(line[1:])]
 
-# %% ../../nbs/5_eval/04_compare.ipynb #99aa2af7
+# %% ../../nbs/5_eval/04_compare.ipynb #d532f910
 def _differ(results:Sequence[dict], key:str)->bool: return len({r[key] for r in results if r.get(key) is not None}) > 1
 
 def notes(
@@ -89,7 +89,8 @@ def notes(
     told = {'A bound is an upper limit: the true loss of these models is lower, nobody knows by how much. A bound below an exact loss decides; one above it does not.': True in kinds,
         'The accuracies answer different questions: of all next tokens, given those before; and of masked tokens, given some on both sides.': len({a for r in results if (a := accuracy_of(r))}) > 1,
         'The tokenizers differ: compare bits per byte and nats per byte, not what is counted per token.': _differ(results, 'tokenizer'),
-        'Not the same text was scored, or not as much of it (val/targets differ).': not _differ(results, 'tokenizer') and _differ(results, 'val/targets') or _differ(results, 'text') or _differ(results, 'data'),
+        'Not the same text was scored, or not as much of it.': any(_differ(results, key) for key in ('corpus', 'text', 'val/bytes')) or not _differ(results, 'tokenizer') and _differ(results, 'val/targets'),
+        'The rows differ in length: in a longer row a token has more before it, and costs less.': _differ(results, 'seq_len'),
         'The judges differ: compare no nats of generated text.': _differ(results, 'judge'),
         'A judge that judges itself is too kind: '+', '.join(n for n, r in zip(names_of(results), results) if r.get('judge_is_itself'))+'.': any(r.get('judge_is_itself') for r in results)}
     return [note for note, holds in told.items() if holds]
