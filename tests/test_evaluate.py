@@ -13,7 +13,7 @@ from llmlab.eval.evaluate import (OpenModel, batches_of, evaluate, evaluate_text
 from llmlab.eval.metrics import byte_lengths
 from llmlab.files import CheckpointError, DataError, LlmlabError
 from llmlab.models.ar import AR
-from llmlab.models.objective import LossSum
+from llmlab.models.objective import RowScores
 from llmlab.models.transformer import Shape, build
 from llmlab.packing.cache import build_cache
 from llmlab.packing.loader import in_order
@@ -133,38 +133,39 @@ def test_leaves_the_network_as_it_was(training):
 
 
 class Plain:
-    "A made-up family: each target costs its own number; a bound, and no word about accuracy."
+    "A made-up family: each target costs its own number; half of the guesses are right."
     name, causal, is_bound = 'plain', False, True
-    passes = 0
-    def nll(self, network, batch, generator=None):
-        self.passes += 1
-        return (batch.targets*batch.weights).sum(1), batch.weights.sum(1)
-    def loss(self, network, batch, generator=None):
-        self.passes += 1
-        return LossSum((batch.targets*batch.weights).sum(), batch.num_targets, {})
-
-
-class Full(Plain):
-    "The same, and each row says how many targets were right: no second pass is needed."
-    is_bound = False
-    def nll(self, network, batch, generator=None): return *super().nll(network, batch), (batch.weights/2).sum(1)
+    def nll(self, network, batch, generator=None, draws=1): return RowScores((batch.targets*batch.weights).sum(1), n := batch.weights.sum(1), n/2, n)
+    def probe(self, network, batch): return {'rows': (torch.tensor(float(len(batch.tokens))), 2)}
 
 
 def test_any_objective():
     packed = text_rows(['abc', 'de'], tokenizer, shape.seq_len)
-    ids = [*tokenizer.encode('abcde'), tokenizer.eos_id, tokenizer.eos_id]
-    plain, full = Plain(), Full()
-    m, f = (evaluate(network, o, batches_of(packed, 1)) for o in (plain, full))
-    assert m['val/loss'] == f['val/loss'] == pytest.approx(np.mean(ids))
-    assert m['val/is_bound'] is True and f['val/is_bound'] is False and 'val/accuracy' not in m and f['val/accuracy'] == .5
-    assert (plain.passes, full.passes) == (2*packed.num_rows, packed.num_rows)
+    m = evaluate(network, Plain(), batches_of(packed, 1))
+    assert m['val/loss'] == m['val/nll'] == pytest.approx(np.mean([*tokenizer.encode('abcde'), tokenizer.eos_id, tokenizer.eos_id]))
+    assert m['val/is_bound'] is True and m['val/accuracy'] == .5 and m['plain/rows'] == .5 and 'val/loss_mc_se' not in m
+
+
+class Silent(Plain):
+    "It guesses at nothing, and has nothing to say of itself."
+    is_bound = False
+    def nll(self, network, batch, generator=None, draws=1):
+        s = super().nll(network, batch)
+        return s._replace(right=s.right*0, asked=s.asked*0, variance=s.count*4)
+    def probe(self, network, batch): return {}
+
+
+def test_no_guesses_no_accuracy():
+    packed = text_rows(['abc', 'de'], tokenizer, shape.seq_len)
+    m = evaluate(network, Silent(), batches_of(packed, 1))
+    assert 'val/accuracy' not in m and m['val/is_bound'] is False and m['val/loss_mc_se'] == pytest.approx((4/m['val/targets'])**.5)
 
 
 def test_objectives_that_draw_draw_the_same_each_time():
-    class Draws(Full):
-        def nll(self, network, batch, generator=None):
-            nats, counts, right = super().nll(network, batch)
-            return nats+torch.rand(len(nats), generator=generator), counts, right
+    class Draws(Plain):
+        def nll(self, network, batch, generator=None, draws=1):
+            s = super().nll(network, batch)
+            return s._replace(nats=s.nats+torch.rand(len(s.nats), generator=generator))
     packed = text_rows(['abc', 'de'], tokenizer, shape.seq_len)
     a, b = (evaluate(network, Draws(), batches_of(packed, 1)) for _ in range(2))
     assert a == b != evaluate(network, Draws(), batches_of(packed, 1), generator=torch.Generator().manual_seed(5))
