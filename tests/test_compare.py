@@ -3,7 +3,7 @@ import re
 import pytest
 from hypothesis import given, settings, strategies as st
 from rich.console import Console
-from llmlab.eval.compare import SCORED, SPEED, WRITTEN, accuracy_of, compare, comparison_markdown, comparison_table, names_of, notes, plot_comparison, real_text, written
+from llmlab.eval.compare import SAMPLER, SCORED, SPEED, WRITTEN, accuracy_of, compare, comparison_markdown, comparison_table, names_of, notes, plot_comparison, real_text, written
 from llmlab.eval.generation import REAL
 from llmlab.files import DataError
 
@@ -23,7 +23,7 @@ def test_every_column_has_its_line(results):
     head, lines = compare(results)
     assert len(set(head)) == len(head) >= len(results)+1 and head[1:len(results)+1] == names_of(results)
     assert all(len(line) == len(head) and any(line[1:]) for line in lines)
-    order = [line.name for line in SCORED+WRITTEN+SPEED]
+    order = [line.name for line in (*SCORED, SAMPLER, *WRITTEN, *SPEED)]
     shown = [line[0] for line in lines]
     assert shown == [n for n in order if n in shown]
     for r, column in zip(results, zip(*(line[1:] for line in lines))):
