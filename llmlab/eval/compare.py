@@ -14,13 +14,17 @@ from typing import NamedTuple
 from .generation import REAL
 from ..files import DataError
 
-# %% ../../nbs/5_eval/04_compare.ipynb #b4a209f3
+# %% ../../nbs/5_eval/04_compare.ipynb #ca9939fc
+def _sampler(result:dict)->str|None: return ', '.join(f'{k}={v}' for k, v in (result.get('sampler') or {}).items()) or None
+
 def names_of(
     results:Sequence[dict], # of several checkpoints
 )->list[str]: # all different
-    "What to call each checkpoint: its run, with the step where one run appears twice."
+    "What to call each result: its run, with the step and then the sampler where that is not enough."
     names = [r.get('name') or (Path(r['checkpoint']).parent.parent.name if 'checkpoint' in r else f'model {i}') for i, r in enumerate(results, 1)]
-    names = [f'{n} at step {r["step"]:,}' if names.count(n) > 1 and 'step' in r else n for n, r in zip(names, results)]
+    for more in (lambda r: f' at step {r["step"]:,}' if 'step' in r else '', lambda r: f', {_sampler(r)}' if _sampler(r) else ''):
+        same = {n: {more(r) for m, r in zip(names, results) if m == n} for n in names} # what would tell those of one name apart
+        names = [n+more(r) if len(same[n]) > 1 else n for n, r in zip(names, results)]
     return [f'{n} ({names[:i+1].count(n)})' if n in names[:i] else n for i, n in enumerate(names)]
 
 def accuracy_of(
@@ -43,7 +47,7 @@ def real_text(
     "The statistics of the real text beside what was written."
     return next((p for p in result.get('generation') or [] if p['name'] == REAL), {})
 
-# %% ../../nbs/5_eval/04_compare.ipynb #ec819466
+# %% ../../nbs/5_eval/04_compare.ipynb #66eb4e2e
 class Line(NamedTuple):
     "A line of the table."
     name:str                          # as it is shown
@@ -58,7 +62,7 @@ def _loss(result:dict)->str|None:
 SCORED = (Line('family', lambda r: r.get('architecture')), _number('parameters', 'parameters', ','), _number('training tokens', 'training_tokens', ','), _number('step', 'step', ','),
     Line('loss, nats per token', _loss), Line('exact or bound', lambda r: {True: 'bound', False: 'exact'}.get(r.get('val/is_bound'))), _number('perplexity', 'val/perplexity', ',.2f'),
     _number('scatter of the draws', 'val/loss_mc_se', '.4f'), _number('bits per byte', 'val/bits_per_byte', '.4f'), _number('accuracy', 'val/accuracy', '.4f'), Line('accuracy of', accuracy_of))
-SAMPLER = Line('sampler', lambda r: ', '.join(f'{k}={v}' for k, v in (r.get('sampler') or {}).items()) or None)
+SAMPLER = Line('sampler', _sampler)
 WRITTEN = tuple(_number(*x) for x in (('written at temperature', 'temperature', 'g'), ('judge, nats per token', 'gen/judge_nats', '.3f'), ('judge, nats per byte', 'gen/judge_nats_per_byte', '.3f'),
     ('entropy of a row', 'gen/entropy', '.3f'), ('distinct pairs', 'gen/distinct2', '.3f'), ('self-BLEU', 'gen/self_bleu4', '.3f'), ('same token twice', 'gen/rep1', '.3f'),
     ('repeated phrases', 'gen/rep4', '.3f'), ('tokens per row', 'gen/tokens_per_row', '.1f'), ('evaluations per sample', 'gen/nfe', ',.1f'),
