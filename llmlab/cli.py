@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RunAgain', 'run_door', 'tidy', 'door', 'train', 'prepare', 'evaluate', 'generate', 'runs', 'doctor', 'bench']
 
-# %% ../nbs/90_cli.ipynb #99dc9a31
+# %% ../nbs/90_cli.ipynb #1a06598f
 import functools, json, os, re, sys, traceback
 from collections.abc import Callable
 from pathlib import Path
 from fastcore.script import Param, anno_parser
-from .files import LlmlabError
+from .files import ConfigError, LlmlabError
 
 # %% ../nbs/90_cli.ipynb #a1ec3ce6
 class RunAgain(Exception): "Raised inside a door when the work stopped early with everything saved: exit code 75."
@@ -109,28 +109,75 @@ def prepare(
     from llmlab.recipes import prepare as recipe
     print(recipe(_settings(config, overrides), force=force_rebuild, verify=verify))
 
-# %% ../nbs/90_cli.ipynb #fcb56e50
+# %% ../nbs/90_cli.ipynb #ded0566a
+def _options(text:str|None)->dict|None: # 'steps=16,order=prob' -> {'steps': 16, 'order': 'prob'}
+    from llmlab.config import parse_value
+    if text is None: return None
+    pairs = [p.partition('=') for p in text.split(',') if p.strip()]
+    if not pairs or any(not (k.strip() and eq and v.strip()) for k, eq, v in pairs): raise ConfigError(f'--sampler takes key=value,key=value, as steps=16,order=prob; this is {text!r}.')
+    return {k.strip(): parse_value(v.strip()) for k, _, v in pairs}
+
+def _numbers(text:str|None, option:str)->tuple[float, ...]|None: # '0.6,1' -> (.6, 1.)
+    try: return None if text is None else tuple(float(x) for x in text.split(','))
+    except ValueError: raise ConfigError(f'{option} takes numbers with commas between them, as 0.6,0.8,1.0; this is {text!r}.') from None
+
+def _write_results(results:list[dict], output:str|None, plot:str|None)->None:
+    "Numbers to a JSON or Markdown file, and the picture."
+    from llmlab.eval.compare import comparison_markdown, names_of, plot_comparison
+    from llmlab.eval.generation import plot_frontier
+    from llmlab.files import write_json, write_whole
+    if output and output.endswith('.md'): write_whole(output, comparison_markdown(results).encode())
+    elif output: write_json(output, results if len(results) > 1 else results[0])
+    curves = {n: r['generation'] for n, r in zip(names_of(results), results) if r.get('judge')}
+    if plot: write_whole(plot, plot_frontier(curves) if curves else plot_comparison(results))
+
+def _results(path:str)->list[dict]: # of an earlier --output
+    from llmlab.files import read_json
+    found = read_json(path)
+    found = found if isinstance(found, list) else [found]
+    if not all(isinstance(r, dict) and 'checkpoint' in r for r in found): raise ConfigError(f'{path} holds no results of llmlab_eval --output FILE.json.')
+    return found
+
+# %% ../nbs/90_cli.ipynb #1d39b7d2
 @door
 def evaluate(
-    run:_run='last',
+    names:Param('runs, run folders or checkpoints, or results of an earlier --output (.json); without any, the last run', str, opt=False, nargs='*')=(),
+    run:Param('the same, as an option', str)=None,
     text:Param('a text file to score instead of the validation split', str)=None,
     best:Param('the checkpoint with the lowest validation loss instead of the newest', bool)=False,
     rows:Param('score only the first so many rows', int)=None,
     batch_size:Param('rows at once', int)=32,
+    metrics:Param('of perplexity,accuracy,generation,speed; without it all, but generation only with one of the next six options', str)=None,
+    num_samples:Param('generation: rows to write (64)', int)=None,
+    temperatures:Param('generation: one or several, as 0.6,0.8,1.0 (1.0)', str)=None,
+    judge:Param('generation: a run of the family ar that says how likely the text is', str)=None,
+    prompt_tokens:Param('generation: tokens of real text to begin with (1)', int)=None,
+    max_new_tokens:Param('generation: length of a row (a training row, at most 256)', int)=None,
+    seed:Param('generation: same seed, same text (0)', int)=None,
+    sampler:Param('how diffusion and sdd write, as steps=16,order=prob', str)=None,
+    draws:Param('diffusion, sdd: random masks of each row; more for a steadier bound', int)=1,
     tokens:Param('tokens to generate for the speed; 0: no speed', int)=64,
-    out:Param('write the numbers to this JSON file too', str)=None,
+    output:Param('write the numbers to this .json or .md file too', str)=None,
+    out:Param('the same as --output', str)=None,
+    plot:Param('draw the losses, or with a judge the frontier of generated text, to this .png file', str)=None,
     runs:_runs='runs',
     verbose:_verbose=False,
     offline:_offline=False,
 )->None:
-    "Evaluate a checkpoint: loss, perplexity, accuracy, bits per byte, speed of generation; JSON out."
-    from llmlab.files import write_json
-    from llmlab.recipes import evaluate as recipe
-    numbers = recipe(run, text=text, best=best, rows=rows, batch_size=batch_size, speed_tokens=tokens, runs=runs)
-    print(json.dumps(numbers, indent=2))
-    if out: write_json(out, numbers)
+    "Evaluate checkpoints: loss, perplexity, accuracy, bits per byte; what they write, beside real text; speed. JSON of one, a table of several."
+    from llmlab.recipes import Writing, evaluate as recipe
+    from llmlab.eval.compare import comparison_table
+    how = dict(num_samples=num_samples, temperatures=_numbers(temperatures, '--temperatures'), judge=judge, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens, seed=seed)
+    how = {k: v for k, v in how.items() if v is not None}
+    options = dict(text=text, best=best, rows=rows, batch_size=batch_size, metrics=metrics.split(',') if metrics is not None else None, writing=Writing(**how) if how else None,
+                   sampler=_options(sampler), draws=draws, speed_tokens=tokens, runs=runs, say=lambda line: print(line, file=sys.stderr))
+    if plot and judge is None and metrics is not None and 'perplexity' not in metrics.split(',') and not any(n.endswith('.json') for n in names): raise ConfigError('--plot draws losses, or with --judge the frontier: add the metric perplexity, or a judge.')
+    wanted = [*names, *([run] if run else [])] or ['last']
+    results = [r for name in wanted for r in (_results(name) if name.endswith('.json') else [recipe(name, **options, lenient=len(wanted) > 1)])]
+    print(json.dumps(results[0], indent=2)) if len(results) == 1 else _print(comparison_table(results))
+    _write_results(results, output or out, plot)
 
-# %% ../nbs/90_cli.ipynb #b3380b4a
+# %% ../nbs/90_cli.ipynb #0e9ffc4d
 @door
 def generate(
     run:_run='last',
@@ -140,14 +187,19 @@ def generate(
     top_k:Param('draw from the k likeliest tokens only', int)=None,
     top_p:Param('draw from the likeliest tokens that together have this probability', float)=None,
     seed:Param('same seed, same text', int)=0,
+    infill:Param('instead of a prompt: a text with gaps, <fill:5> for five tokens; diffusion and sdd; may be given several times', str, action='append')=None,
+    sampler:Param('how diffusion and sdd write, as steps=16,order=prob', str)=None,
     best:Param('the checkpoint with the lowest validation loss instead of the newest', bool)=False,
     runs:_runs='runs',
     verbose:_verbose=False,
     offline:_offline=False,
 )->None:
-    "Continue prompts with a trained model."
-    from llmlab.recipes import generate as recipe
-    for p, text in zip(prompt or [''], recipe(run, prompt or [''], max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, best=best, runs=runs)):
+    "Continue prompts, or fill gaps, with a trained model."
+    from llmlab.recipes import fill, generate as recipe
+    dials = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, best=best, sampler=_options(sampler), runs=runs)
+    if infill and prompt: raise ConfigError('--prompt continues a text and --infill fills one: give one of the two.')
+    for found in fill(run, infill, **dials) if infill else (): print(f"{found['text']}\n({found['nats']:.2f} nats for each token filled in, at most)")
+    for p, text in zip(prompt or [''], recipe(run, prompt or [''], max_new_tokens=max_new_tokens, **dials)) if not infill else ():
         print(p + text, end='\n\n' if prompt and len(prompt) > 1 else '\n')
 
 # %% ../nbs/90_cli.ipynb #edb39b8b

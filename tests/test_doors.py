@@ -134,3 +134,20 @@ def test_a_full_disk(llmlab, trained, small_disk):
     from llmlab.trainer.checkpoint import check_files, latest
     newest = latest(small_disk/'runs'/'full'/'checkpoints', say=lambda line: None)
     assert newest is not None and not check_files(newest)
+
+
+def test_several_checkpoints_side_by_side(llmlab, trained):
+    done = llmlab('llmlab_eval', 'r', '--num-samples', '6', '--max-new-tokens', '12', '--temperatures', '0.7,1', '--judge', 'r', '--tokens', '0', '--output', 'w.json', '--plot', 'f.png', cwd=trained)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stdout)
+    assert numbers == json.loads((trained/'w.json').read_text()) and numbers['judge_is_itself'] and len(numbers['generation']) == 3 and (trained/'f.png').read_bytes()[:4] == b'\x89PNG'
+    done = llmlab('llmlab_eval', 'w.json', '--run', 'r', '--metrics', 'perplexity', '--output', 'w.md', cwd=trained)
+    assert done.returncode == 0 and 'exact or bound' in done.stdout and 'real text' in done.stdout, done.stderr
+    assert (trained/'w.md').read_text().startswith('|  | r')
+
+
+@pytest.mark.parametrize('words, says', [(['--metrics', 'speeed'], 'Choose from perplexity, accuracy, generation, speed'), (['--metrics', 'speed', '--judge', 'r'], 'Add generation'),
+    (['--sampler', 'steps'], 'steps=16,order=prob'), (['--sampler', 'steps=8'], 'one token after the other'), (['--temperatures', 'hot'], '0.6,0.8,1.0'), (['--num-samples', '0'], '1 or more'), (['--draws', '0'], '1 or more'), (['--judge', 'nobody'], 'nobody')])
+def test_senseless_evaluations(llmlab, trained, words, says):
+    done = llmlab('llmlab_eval', 'r', '--tokens', '0', *words, cwd=trained)
+    assert done.returncode == 1 and says in done.stderr and 'Traceback' not in done.stderr, done.stderr
