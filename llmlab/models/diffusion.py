@@ -572,18 +572,17 @@ def bound_scores(
     nats = torch.stack(nats)
     return RowScores(nats.mean(0), canvas.hideable.sum(1), right, asked, nats.var(0)/draws if draws > 1 else None)
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #62a64a85
+# %% ../../nbs/3_models/06_diffusion.ipynb #1731e22d
 def exact_scores(
     read:Reader, # made for this canvas
     canvas:Canvas, # clean rows
     mask_id:int, # how a hidden token looks
-    keys:Tensor, # [B] int64: which fixed order, where it is random
     steps:int|None=None, # evaluations for a row (of each block, where there are blocks); None: one for each token
-    order:str='prob', # left, prob, margin, entropy; random: one fixed order
+    order:str='prob', # left, prob, margin, entropy; random: one fixed order of the places
     block:int|None=None, # S: block diffusion
 )->Tensor: # [B] nats
     "Reveal the truth in the order that the sampler would choose, and add up what each token cost (Wang et al. 2026, DUEL)."
-    noise = uniform(keys, canvas.tokens.shape[1], -2_000)
+    noise = uniform(torch.zeros_like(canvas.tokens[:, 0]), canvas.tokens.shape[1], -2_000) # the same for all rows
     unveil = Unveiler(read, Sampler(order=order, steps=steps), Dials(), mask_id, noise, truth=canvas.tokens)
     number = None if block is None else block_rule(canvas.document, canvas.tokens.shape, block, noise.device)[1]
     write(read, canvas.tokens.masked_fill(canvas.hideable, mask_id), canvas.hideable, unveil, block, number)
@@ -650,7 +649,7 @@ def until(tokens:list[int], stop_id:int|None)->list[int]:
     "Tokens before the first `stop_id`."
     return tokens[:tokens.index(stop_id)] if stop_id in tokens else tokens
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #0febd84e
+# %% ../../nbs/3_models/06_diffusion.ipynb #4f5816e8
 class Diffusion:
     "Masked diffusion language model: hidden tokens, given those that are seen."
     name, causal, is_bound = 'diffusion', False, True
@@ -689,7 +688,7 @@ class Diffusion:
     @torch.no_grad()
     def exact_nll(self, network:Transformer, batch:Batch, steps:int|None=None, order:str='prob')->Tensor: # [B] nats
         "Exact negative log-likelihood under the sampler of this order and these steps, at temperature 1 (see `exact_scores`)."
-        return exact_scores(self.reader(network, canvas := canvas_of(batch)), canvas, self.mask_id, score_keys(batch), steps, order, self.settings.block)
+        return exact_scores(self.reader(network, canvas := canvas_of(batch)), canvas, self.mask_id, steps, order, self.settings.block)
 
     @torch.no_grad()
     def path_nll(self, network:Transformer, batch:Batch, steps:int=16)->Tensor: # [B] nats

@@ -251,7 +251,7 @@ def probe(
     p = read.state.probs[hidden] if read.k else torch.zeros(len(hidden), 1)
     return {'carry_gap': (carry-none, count), 'feedback_gain': (once-twice, count), 'topk_mass': (p.sum(), len(p)), 'belief_entropy': (torch.special.entr(p).sum(), len(p))}
 
-# %% ../../nbs/3_models/07_sdd.ipynb #f6fc8ac6
+# %% ../../nbs/3_models/07_sdd.ipynb #8aefbdc2
 class SDD:
     "Sparse Distribution Diffusion: masked diffusion with a belief."
     name, causal, is_bound = 'sdd', False, True
@@ -297,7 +297,7 @@ class SDD:
     @torch.no_grad()
     def exact_nll(self, network:Transformer, batch:Batch, steps:int|None=None, order:str='prob', belief:str|None=None)->Tensor: # [B] nats
         "Exact negative log-likelihood under the sampler of this order, these steps and this belief, at temperature 1."
-        return exact_scores(self.reader(network, canvas := canvas_of(batch), belief), canvas, self.mask_id, score_keys(batch), steps, order)
+        return exact_scores(self.reader(network, canvas := canvas_of(batch), belief), canvas, self.mask_id, steps, order)
 
     @torch.no_grad()
     def path_nll(self, network:Transformer, batch:Batch, steps:int=16, belief:str|None=None)->Tensor: # [B] nats
