@@ -488,7 +488,7 @@ def _place(src:Source, key:str)->str:
     below = [p for k, p in src.places.items() if k.startswith(key+'.')]
     return below[0] if below else src.places.get(key.rpartition('.')[0], 'default')
 
-# %% ../nbs/01_config.ipynb #82ac8333
+# %% ../nbs/01_config.ipynb #c48c4967
 def _family_contradictions(m:Model)->Iterator[tuple[str, str]]:
     d, s, sampler = m.diffusion, m.sdd, m.diffusion.sampler
     if m.architecture == 'ar':
@@ -501,6 +501,12 @@ def _family_contradictions(m:Model)->Iterator[tuple[str, str]]:
     if sampler.cache == 'dual' and not sampler.block: yield 'model.diffusion.sampler.cache', 'dual needs model.diffusion.sampler.block'
     if sampler.cache == 'dual' and m.token_mix == 'conv3': yield 'model.diffusion.sampler.cache', 'dual does not know the neighbours that model.token_mix conv3 looks at; take none of the two'
     if sampler.remask and sampler.commit != 'schedule': yield 'model.diffusion.sampler.remask', f'needs model.diffusion.sampler.commit schedule (got {sampler.commit})'
+    if s.process == 'swap':
+        absorb_only = ('readin', 'feedback', 'feedback_prob', 'feedback_warmup_steps', 'depth', 'consistency', 'belief_dropout', 'belief_lr', 'belief', 'warm_refine', 'ignore_weight')
+        for k in absorb_only:
+            if getattr(s, k) != SDD.model_fields[k].default: yield f'model.sdd.{k}', 'has no use with model.sdd.process swap; leave it out'
+    if s.belief == 'carry' and s.feedback == 'pair': yield 'model.sdd.belief', 'carry needs beliefs that were carried in training: model.sdd.feedback=rollout (a carried belief confirms itself otherwise)'
+    if d.masks == 'count' and d.schedule != 'loglinear': yield 'model.diffusion.masks', f'count draws the number of hidden tokens evenly, which is the schedule loglinear (got {d.schedule})'
     if s.k_schedule is not None and (not s.k_schedule or min(s.k_schedule) < 0): yield 'model.sdd.k_schedule', f'must be a list of numbers of candidates, 0 or more (got {s.k_schedule})'
 
 def contradictions(c:Config)->Iterator[tuple[str, str]]:

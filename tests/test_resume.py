@@ -65,6 +65,23 @@ def test_kill_and_resume_is_bit_exact(kills, straight, tmp_path):
     for name in weights: assert_close(weights[name], straight[1][name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('family', ['diffusion', 'sdd'])
+def test_the_other_families_are_killed_and_resume(family, tmp_path):
+    more = [f'model.architecture={family}', 'model.sdd.feedback_warmup_steps=0']
+    folder = prepared(tmp_path/'straight')
+    p = start(folder, *words, *more)
+    assert p.wait(timeout=300) == 0, p.stderr.read()
+    other = prepared(tmp_path/'killed')
+    p = start(other, *words, *more)
+    log = other/'runs'/'r'/'metrics.jsonl'
+    while p.poll() is None and not (log.exists() and len(read_jsonl(log)) >= 6): time.sleep(.02)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert start(other, '--resume').wait(timeout=300) == 0
+    (a, weights), (b, others) = outcome(folder), outcome(other)
+    assert a == b and weights.keys() == others.keys()
+    for name in weights: assert_close(weights[name], others[name], rtol=0, atol=0)
+
+
 def test_ctrl_c_saves_and_goes_on(straight, tmp_path):
     folder = prepared(tmp_path/'stopped')
     p = start(folder, *words)
