@@ -15,7 +15,7 @@ from llmlab.eval.generation import real_windows, sweep
 from llmlab.recipes import open_trained, prepare, pretrain
 from llmlab.packing.loader import in_order
 
-SEEDS, STEPS, MORE, ROWS = (1, 2, 3), 1200, 480, 256
+SEEDS, STEPS, MORE, ROWS = (1, 2, 3), 1200, 480, 128
 P, K = .5, 8 # share of the batches with a belief; candidates
 
 def cost(depth:float=1.5, extra:float=0., consistency:float=0.)->float:
@@ -53,8 +53,8 @@ def scores(model, rows, draws:int)->dict:
         found[f'path 16{tag}'] = mean(lambda batch: objective.path_nll(network, batch, 16, **k))
         if draws > 2:
             found[f'path 64{tag}'] = mean(lambda batch: objective.path_nll(network, batch, 64, **k))
-            for order in ('left', 'random', 'prob'): found[f'exact 64 {order}{tag}'] = mean(lambda batch: objective.exact_nll(network, batch, None, order, **k))
-            for steps in (16, 8): found[f'exact {steps} prob{tag}'] = mean(lambda batch: objective.exact_nll(network, batch, steps, 'prob', **k))
+            for order in ('prob', 'left') if b in (None, 'none') else ('prob',): found[f'exact 64 {order}{tag}'] = mean(lambda batch: objective.exact_nll(network, batch, None, order, **k))
+            found[f'exact 16 prob{tag}'] = mean(lambda batch: objective.exact_nll(network, batch, 16, 'prob', **k))
     if objective.name == 'sdd': found['refined'] = mean(lambda batch: objective.nll(network, batch, draws=2, refine=1).nats)-mean(lambda batch: objective.nll(network, batch, draws=2).nats)
     return found
 
