@@ -1,7 +1,7 @@
 "What the tests share: a quiet environment, and the commands as a person would run them."
 import os, subprocess, sys
 from pathlib import Path
-import pytest
+import pytest, torch
 
 root = Path(__file__).resolve().parent.parent
 quiet = dict(WANDB_MODE='offline', WANDB_SILENT='true', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', HF_DATASETS_DISABLE_PROGRESS_BARS='1', MPLBACKEND='agg')
@@ -31,3 +31,12 @@ def llmlab(tmp_path):
         return subprocess.run(command(door, *words), cwd=cwd, timeout=timeout, capture_output=True, text=True, stdin=subprocess.DEVNULL,
                               env=os.environ | {'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'} | env)
     return run
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "Tiny tensors: a second thread only waits, and badly so on busy cores."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

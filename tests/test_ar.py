@@ -11,13 +11,7 @@ from llmlab.models.transformer import Shape, build
 from llmlab.packing.loader import Batch
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Tiny tensors: a second thread only waits, and badly so on busy cores."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)

@@ -8,13 +8,7 @@ from llmlab.models import attention
 from llmlab.models.attention import BLOCK, ENGINES, attend, attend_cached, backend_for, choose_backend, naive, segments, visible, why_not
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Tiny tensors: a second thread only waits, and badly so on busy cores."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)

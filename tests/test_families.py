@@ -18,13 +18,7 @@ SPECIAL = {'PAD': 7, 'BOS': 8, 'EOS': 4, 'MASK': 9, 'UNK': 5, 'IGNORE': 6} # 0 t
 WORDS, L = 7, 3
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Tiny tensors: a second thread only waits, and badly so on busy cores."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)

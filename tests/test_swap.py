@@ -15,13 +15,7 @@ SPECIAL = {'PAD': 34, 'BOS': 35, 'EOS': 36, 'MASK': 37, 'UNK': 38, 'IGNORE': 39}
 RULES = [Swap(schedule=s, swap_rule=r) for s in ('cosine', 'linear') for r in ('probability', 'flat')]
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Tiny tensors: a second thread only waits, and badly so on busy cores."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)

@@ -8,13 +8,8 @@ from llmlab.models.attention import naive, visible
 from llmlab.models.transformer import Shape, build, count_parameters, flops_per_token
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Tiny tensors: a second thread only waits, and badly so on busy cores."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 base = dict(vocab_size=40, seq_len=24, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48)
 kinds = {

@@ -9,13 +9,8 @@ from llmlab.models.transformer import Shape, build, count_parameters, flops_per_
 from llmlab.models.zoo import OBJECTIVES, SIZES, build_model, from_llama, shape_of, to_llama
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Tiny tensors: a second thread only waits, and badly so on busy cores."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 presets = sorted(p.stem for p in (Path(__file__).parent.parent/'llmlab/configs').glob('*.yaml'))
 base = dict(vocab_size=60, seq_len=32, d_model=48, num_layers=3, num_heads=6, num_kv_heads=2, d_ff=80, qk_norm=False)
