@@ -454,3 +454,27 @@ def test_infilling(tmp_path):
     with pytest.raises(ConfigError, match='cannot fill a gap'): fill('ar', [text], runs=tmp_path/'runs')
     with pytest.raises(ConfigError, match='<fill:5>'): fill('md', ['no gap'], runs=tmp_path/'runs')
     with pytest.raises(ConfigError, match='too long'): fill('md', ['<fill:900>'], runs=tmp_path/'runs')
+
+
+@pytest.mark.parametrize('family', ['diffusion', 'sdd'])
+def test_the_network_alone_is_compiled(family, monkeypatch):
+    "Here without generating code: the graphs are run as they are."
+    from llmlab.config import Optim
+    from llmlab.eval.evaluate import looking
+    from llmlab.trainer.loop import fit
+    from llmlab.trainer.machine import Machine
+    from llmlab.trainer.optim import build_optimizer
+    o, weights, graphs = diffusion() if family == 'diffusion' else sdd(k=4), [], []
+    def backend(graph, inputs): graphs.append(graph); return graph.forward
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: setattr(self, '_compiled_call_impl', torch.compile(self._call_impl, backend=backend, dynamic=False)))
+    for compiled in (False, True):
+        net = network()
+        net.extras = o.extras(net.shape)
+        batches = (rows_of(torch.randint(WORDS, (4, 25), generator=gen(i)), place=4*i, one_document=True) for i in range(4))
+        fit(net, o, batches, build_optimizer(net, Optim(lr=.01)), total_steps=4, log_every=4, machine=Machine(compile=compiled))
+        with looking(net):
+            num = len(graphs)
+            o.generate(net, [[8]], max_new_tokens=5, temperature=1., generator=gen())
+            assert len(graphs) == num and (num > 0) == compiled # what is written is not compiled
+        weights.append(net.state_dict())
+    for a, b in zip(*(w.values() for w in weights)): assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -27,15 +27,18 @@ from ..packing.packer import Packed, framed, pack
 from ..trainer.checkpoint import load_checkpoint, load_weights
 from ..trainer.machine import Machine
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #e683f970
+# %% ../../nbs/5_eval/01_evaluate.ipynb #627d80df
 @contextlib.contextmanager
 def looking(network:nn.Module)->Iterator[nn.Module]:
     "The network in evaluation mode without gradients, within the block."
-    was = network.training
+    was, fast = network.training, getattr(network, '_compiled_call_impl', None) # a compiled network is for the shapes of training
     network.eval()
+    if fast is not None: network._compiled_call_impl = None
     try:
         with torch.no_grad(): yield network
-    finally: network.train(was)
+    finally:
+        network.train(was)
+        if fast is not None: network._compiled_call_impl = fast
 
 # %% ../../nbs/5_eval/01_evaluate.ipynb #b8a7db5c
 class Scores(NamedTuple):

@@ -93,10 +93,10 @@ class Reader:
             if not self.done[i] and len(row)-self.starts[i] > self.limit: self.starts[i] = len(row)-max(1, self.limit//2)
         return self.read()
 
-# %% ../../nbs/3_models/05_ar.ipynb #2d3c79cc
+# %% ../../nbs/3_models/05_ar.ipynb #1cb3937a
 class AR:
     "Autoregressive language model: the next token, given those before it."
-    name, causal, is_bound = 'ar', True, False
+    name, causal, is_bound, one_graph = 'ar', True, False, True
 
     def extras(self, shape:Shape, seed:int=0)->None:
         "The stack is all that it needs."

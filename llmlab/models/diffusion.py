@@ -649,10 +649,10 @@ def until(tokens:list[int], stop_id:int|None)->list[int]:
     "Tokens before the first `stop_id`."
     return tokens[:tokens.index(stop_id)] if stop_id in tokens else tokens
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #4f5816e8
+# %% ../../nbs/3_models/06_diffusion.ipynb #c375f5b4
 class Diffusion:
     "Masked diffusion language model: hidden tokens, given those that are seen."
-    name, causal, is_bound = 'diffusion', False, True
+    name, causal, is_bound, one_graph = 'diffusion', False, True, False
 
     def __init__(self,
         settings:DiffusionSettings, # the section `model.diffusion`

@@ -29,12 +29,13 @@ class RowScores(NamedTuple):
     asked:Tensor # [B] guesses made
     variance:Tensor|None=None # [B] of `nats`, from the random draws; None: nothing is drawn, or only once
 
-# %% ../../nbs/3_models/04_objective.ipynb #0966deac
+# %% ../../nbs/3_models/04_objective.ipynb #4db004da
 class Objective(Protocol):
     "What a family can do with a network."
     name:str     # ar, ...
     causal:bool  # how the network looks: back only, or both ways
     is_bound:bool # whether `nll` is an upper bound or exact
+    one_graph:bool # may `loss` be compiled as a whole? else the network alone is
 
     def extras(self, shape:Shape, seed:int=0)->nn.Module|None:
         "What the family needs besides the stack: becomes `network.extras`, which is saved and optimized with it."

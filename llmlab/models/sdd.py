@@ -251,10 +251,10 @@ def probe(
     p = read.state.probs[hidden] if read.k else torch.zeros(len(hidden), 1)
     return {'carry_gap': (carry-none, count), 'feedback_gain': (once-twice, count), 'topk_mass': (p.sum(), len(p)), 'belief_entropy': (torch.special.entr(p).sum(), len(p))}
 
-# %% ../../nbs/3_models/07_sdd.ipynb #8aefbdc2
+# %% ../../nbs/3_models/07_sdd.ipynb #a88f4b70
 class SDD:
     "Sparse Distribution Diffusion: masked diffusion with a belief."
-    name, causal, is_bound = 'sdd', False, True
+    name, causal, is_bound, one_graph = 'sdd', False, True, False
 
     def __init__(self,
         settings:SDDSettings, # the section `model.sdd`

@@ -296,10 +296,10 @@ def _fill(reading:_Reading, network:Transformer, rows:list[list[int]], hidden:li
         x = torch.where(hide, state.indices[..., 0], x)
     return [row[:len(given)] for row, given in zip(x.tolist(), rows)]
 
-# %% ../../nbs/3_models/071_swap.ipynb #c8376159
+# %% ../../nbs/3_models/071_swap.ipynb #09275b4c
 class SwapSDD:
     "The first Sparse Distribution Diffusion: swapped candidates."
-    name, causal, is_bound = 'sdd', False, True
+    name, causal, is_bound, one_graph = 'sdd', False, True, False
     def __init__(self,
         settings:SDD, # the section model.sdd
         special:dict[str, int], # ids of the special tokens, by name

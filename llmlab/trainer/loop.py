@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_SKIPPED', 'take', 'accumulate', 'Window', 'Watch', 'keep_batch', 'Request', 'stop_signals', 'Limit',
            'parse_limit', 'Hook', 'every', 'Clock', 'training_metrics', 'machine_errors', 'move', 'count', 'Between',
-           'fit']
+           'compiled', 'fit']
 
 # %% ../../nbs/4_trainer/04_loop.ipynb #b52f2d0b
 import contextlib, math, signal, threading, time
@@ -338,7 +338,16 @@ class Between:
         if self.save: self.tracker.say(f'{why}: step {self.state.global_step:,} is done; saving, then leaving. (Ctrl-C now leaves without saving.)')
         raise Stopped(why, self.state.global_step, self.write())
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #1bb3af32
+# %% ../../nbs/4_trainer/04_loop.ipynb #1e1d67ab
+def compiled(
+    objective:Objective, # `one_graph`: may its loss be compiled as a whole? (yes, where it does not say)
+    network:nn.Module, # else it is compiled, in place
+)->Callable[..., LossSum]:
+    "The loss to train with, compiled as far as it can be."
+    if getattr(objective, 'one_graph', True): return torch.compile(objective.loss)
+    network.compile()
+    return objective.loss
+
 @machine_errors()
 def fit(
     network:nn.Module, # on the machine's device
@@ -366,7 +375,7 @@ def fit(
 )->TrainState: # the counters at the end
     "Train until `total_steps`. Raises `Stopped`, after saving, when asked to stop; `LlmlabError` on a non-finite loss, before that step."
     state, scaler, limit, batches = state or TrainState(), scaler or machine.scaler(), limit or Limit(), iter(batches)
-    loss_of = torch.compile(objective.loss) if machine.compile else objective.loss
+    loss_of = compiled(objective, network) if machine.compile else objective.loss
     flops = flops_per_token/matmul_peak(machine.device, machine.dtype) if flops_per_token else None
     window, watch = Window(state.pending, machine.device), Watch(folder, _lag(machine, optimizer, scaler))
     between = Between(total_steps, state, network, optimizer, machine, window, watch, Clock(state), tracker or Tracker(), rate, tuple(hooks),
