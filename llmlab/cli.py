@@ -138,7 +138,7 @@ def _results(path:str)->list[dict]: # of an earlier --output
     if not all(isinstance(r, dict) and 'checkpoint' in r for r in found): raise ConfigError(f'{path} holds no results of llmlab_eval --output FILE.json.')
     return found
 
-# %% ../nbs/90_cli.ipynb #1d39b7d2
+# %% ../nbs/90_cli.ipynb #65988a3e
 @door
 def evaluate(
     names:Param('runs, run folders or checkpoints, or results of an earlier --output (.json); without any, the last run', str, opt=False, nargs='*')=(),
@@ -147,7 +147,7 @@ def evaluate(
     best:Param('the checkpoint with the lowest validation loss instead of the newest', bool)=False,
     rows:Param('score only the first so many rows', int)=None,
     batch_size:Param('rows at once', int)=32,
-    metrics:Param('of perplexity,accuracy,generation,speed; without it all, but generation only with one of the next six options', str)=None,
+    metrics:Param('of perplexity,accuracy,exact,generation,speed; without it perplexity, accuracy and speed, and generation with one of the next six options', str)=None,
     num_samples:Param('generation: rows to write (64)', int)=None,
     temperatures:Param('generation: one or several, as 0.6,0.8,1.0 (1.0)', str)=None,
     judge:Param('generation: a run of the family ar that says how likely the text is', str)=None,

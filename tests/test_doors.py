@@ -146,7 +146,7 @@ def test_several_checkpoints_side_by_side(llmlab, trained):
     assert (trained/'w.md').read_text().startswith('|  | r')
 
 
-@pytest.mark.parametrize('words, says', [(['--metrics', 'speeed'], 'Choose from perplexity, accuracy, generation, speed'), (['--metrics', 'speed', '--judge', 'r'], 'Add generation'),
+@pytest.mark.parametrize('words, says', [(['--metrics', 'speeed'], 'Choose from perplexity, accuracy, exact, generation, speed'), (['--metrics', 'speed', '--judge', 'r'], 'Add generation'),
     (['--sampler', 'steps'], 'steps=16,order=prob'), (['--sampler', 'steps=8'], 'one token after the other'), (['--temperatures', 'hot'], '0.6,0.8,1.0'), (['--num-samples', '0'], '1 or more'), (['--draws', '0'], '1 or more'), (['--judge', 'nobody'], 'nobody')])
 def test_senseless_evaluations(llmlab, trained, words, says):
     done = llmlab('llmlab_eval', 'r', '--tokens', '0', *words, cwd=trained)

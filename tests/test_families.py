@@ -478,3 +478,12 @@ def test_the_network_alone_is_compiled(family, monkeypatch):
             assert len(graphs) == num and (num > 0) == compiled # what is written is not compiled
         weights.append(net.state_dict())
     for a, b in zip(*(w.values() for w in weights)): assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_exact_likelihood_by_the_evaluator(tmp_path):
+    from llmlab.recipes import evaluate
+    train(tmp_path, 'run.name=sdd', 'model.architecture=sdd'); train(tmp_path, 'run.name=swap', 'model.architecture=sdd', 'model.sdd.process=swap')
+    a, b = (evaluate('sdd', metrics=['exact'], rows=8, sampler=s, runs=tmp_path/'runs') for s in ({'order': 'prob', 'steps': 4}, {'order': 'left', 'belief': 'carry'}))
+    assert a['val/nll_exact_of'] == 'order prob, 4 steps, belief alt' and b['val/nll_exact_of'] == 'order left, one a token steps, belief carry'
+    assert a['val/nll_exact'] > 0 and a['val/nll_exact'] != b['val/nll_exact'] and 'val/loss' not in a
+    with pytest.raises(ConfigError, match='no exact likelihood'): evaluate('swap', metrics=['exact'], runs=tmp_path/'runs')
