@@ -129,6 +129,7 @@ def test_the_bench_runs(words):
     for r in result['rows']:
         assert r['tokens_per_evaluation'] == pytest.approx(12/r['evaluations']) and r['exact_nats'] > 0 and r['judge_nats'] is not None
         assert r['equal_quality']['evaluations'] <= max(x['evaluations'] for x in result['rows'] if x['order'] == r['order'])
+        assert r['passes'] >= r['evaluations'] and (r['passes'] == r['evaluations'] or model.objective.name == 'diffusion' and model.objective.settings.block and 'everything' not in r['name'])
         if r['name'] == r['equal_quality']['reference']: assert r['ratio'] == r['low'] == r['high'] == 1.
     alone = bench_samplers(model, [rows], rows=5, tokens=12, steps=(12,), rounds=1, batch_rows=3)
     assert alone['real']['judge_nats'] is None and alone['about']['judge'] == 'none' and samplers_table(alone)

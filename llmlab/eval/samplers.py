@@ -22,10 +22,10 @@ from ..packing.loader import Batch
 from ..packing.packer import Packed
 from ..trainer.machine import Machine
 
-# %% ../../nbs/5_eval/05_samplers.ipynb #8f33bfb5
+# %% ../../nbs/5_eval/05_samplers.ipynb #b860d2ae
 @dataclass(frozen=True)
 class Contestant:
-    "A way to write. `write_rows` takes it in place of an objective."
+    "A way to write."
     name:str                # as it is shown
     order:str               # whom it is compared with
     objective:Diffusion|SDD # with its sampler
@@ -36,7 +36,11 @@ class Contestant:
         w = self.objective.writer(network)
         if self.everything: w.reader = lambda canvas: self.objective.reader(network, canvas)
         return w
-    def generate(self, network:nn.Module, prompts:list[list[int]], **dials)->list[list[int]]: return self.writer(network).generate(prompts, **dials)
+
+class _Pen:
+    "A contestant at work on one network: takes the place of an objective for `write_rows`, and counts evaluations."
+    def __init__(self, contestant:Contestant, network:nn.Module): self.writer = contestant.writer(network)
+    def generate(self, network:nn.Module, prompts:list[list[int]], **dials)->list[list[int]]: return self.writer.generate(prompts, **dials)
 
 # %% ../../nbs/5_eval/05_samplers.ipynb #eb847fcb
 def _scheduled(steps:Sequence[int])->Iterator[tuple[str, str, dict]]: # name, order, options
@@ -121,7 +125,7 @@ def equal_quality(
     best = min(good, key=lambda p: (p['evaluations'], -p['tokens_per_sec']))
     return dict(reference=reference['name'], name=best['name'], evaluations=best['evaluations'], speed=best['tokens_per_sec']/reference['tokens_per_sec'])
 
-# %% ../../nbs/5_eval/05_samplers.ipynb #a61fe870
+# %% ../../nbs/5_eval/05_samplers.ipynb #5d63aa72
 def _look(rows:list[list[int]], prompts:list[list[int]], model:OpenModel, judge:OpenModel|None, machine:Machine)->dict:
     "Statistics of rows, and the judge's word."
     found = row_statistics(rows) | (judge_rows(judge, prompts, rows, model.tokenizer, machine=Machine(machine.device)) if judge else {})
@@ -133,9 +137,9 @@ def _prices(who:list[Contestant], model:OpenModel, windows:list[list[int]], prom
     count = sum(len(w)-prompt_tokens for w in windows)
     with looking(model.network), machine.autocast(): return {c.name: sum(exact_nats(model.network, c, b).sum().item() for b in batches)/count for c in who}
 
-def _rows(who:list[Contestant], race:Race, wrote:dict[str, Written], prices:dict[str, float], tokens:int, within:float)->list[dict]:
+def _rows(who:list[Contestant], race:Race, wrote:dict[str, tuple[Written, float]], prices:dict[str, float], tokens:int, within:float)->list[dict]:
     "A row of the report for each contestant, with what its order achieves at equal quality."
-    rows = [dict(name=c.name, order=c.order, tokens_per_sec=race.rate(c.name), evaluations=wrote[c.name].nfe, tokens_per_evaluation=tokens/wrote[c.name].nfe, exact_nats=prices[c.name]) for c in who]
+    rows = [dict(name=c.name, order=c.order, tokens_per_sec=race.rate(c.name), evaluations=asked, tokens_per_evaluation=tokens/asked, passes=out.nfe, exact_nats=prices[c.name]) for c in who for out, asked in [wrote[c.name]]]
     best = {order: equal_quality([r for r in rows if r['order'] == order], within) for order in {c.order: 0 for c in who}}
     for r in rows:
         r['equal_quality'] = e = best[r['order']] | {'speed': race.ratio(best[r['order']]['name'], best[r['order']]['reference'])}
@@ -165,27 +169,29 @@ def bench_samplers(
     windows, wrote = real_windows(chunks, rows, tokens, model.tokenizer.eos_id, prompt_tokens), {}
     prompts = [w[:prompt_tokens] for w in windows]
     def turn(c:Contestant)->float:
-        out = write_rows(model.network, c, prompts, max_new_tokens=tokens, seed=seed, batch_rows=batch_rows, machine=machine)
-        return len(wrote.setdefault(c.name, out).rows)*tokens
+        pen = _Pen(c, model.network)
+        out = write_rows(model.network, pen, prompts, max_new_tokens=tokens, seed=seed, batch_rows=batch_rows, machine=machine)
+        wrote[c.name] = out, pen.writer.evaluations/-(-len(prompts)//batch_rows) # the same in every turn
+        return len(out.rows)*tokens
     race = interleave({c.name: lambda c=c: turn(c) for c in who}, rounds, clock)
     found = _rows(who, race, wrote, _prices(who, model, windows, prompt_tokens, batch_rows, machine), tokens, within)
-    for r in found: r |= _look([until(row, model.tokenizer.eos_id) for row in wrote[r['name']].rows], prompts, model, judge, machine)
+    for r in found: r |= _look([until(row, model.tokenizer.eos_id) for row in wrote[r['name']][0].rows], prompts, model, judge, machine)
     about = {'model': model.info['path'], 'judge': judge.info['path'] if judge else 'none', 'texts': f'{len(windows)} of {tokens} tokens, {min(batch_rows, len(windows))} at once, temperature 1', 'machine': about_machine(machine)}
     return dict(what='samplers', rows=found, real=_look([w[prompt_tokens:] for w in windows], prompts, model, judge, machine), left_out=left_out, within=within, rounds=rounds, about=about)
 
-# %% ../../nbs/5_eval/05_samplers.ipynb #6141abcb
+# %% ../../nbs/5_eval/05_samplers.ipynb #5f3628c3
 def _cell(value:float|None, form:str)->str: return '' if value is None else format(value, form)
 
 def samplers_table(
     result:dict, # from `bench_samplers`
 )->str: # Markdown
     "The report as a table to read, with what it means below."
-    lines = ['| sampler | tokens/s | x one at a time (low to high) | evaluations | tokens each | exact nats | judge | entropy | distinct pairs | at equal quality |', '|---|'+'---:|'*9]
+    lines = ['| sampler | tokens/s | x one at a time (low to high) | evaluations | tokens each | passes | exact nats | judge | entropy | distinct pairs | at equal quality |', '|---|'+'---:|'*10]
     looks = lambda r: f'{_cell(r["judge_nats"], ".3f")} | {_cell(r["entropy"], ".3f")} | {_cell(r["distinct2"], ".3f")}'
     for r in result['rows']:
         e = r['equal_quality']
-        lines.append(f'| {r["name"]} | {r["tokens_per_sec"]:,.0f} | {r["ratio"]:.2f} ({r["low"]:.2f} to {r["high"]:.2f}) | {r["evaluations"]:,.1f} | {r["tokens_per_evaluation"]:.2f} | {r["exact_nats"]:.3f} | {looks(r)} | {e["evaluations"]:,.1f}, x {e["speed"]:.2f} |')
-    lines += [f'| real text | | | | | | {looks(result["real"])} | |', '']
+        lines.append(f'| {r["name"]} | {r["tokens_per_sec"]:,.0f} | {r["ratio"]:.2f} ({r["low"]:.2f} to {r["high"]:.2f}) | {r["evaluations"]:,.1f} | {r["tokens_per_evaluation"]:.2f} | {r["passes"]:,.1f} | {r["exact_nats"]:.3f} | {looks(r)} | {e["evaluations"]:,.1f}, x {e["speed"]:.2f} |')
+    lines += [f'| real text | | | | | | | {looks(result["real"])} | |', '']
     for order, e in {r['order']: r['equal_quality'] for r in result['rows']}.items():
         lines.append(f'- {order}: {e["name"]} has {e["evaluations"]:,.1f} evaluations, x {e["speed"]:.2f}, within {result["within"]:g} nats of {e["reference"]}')
     lines += [f'- left out: {why}' for why in result['left_out']]
