@@ -6,7 +6,7 @@
 __all__ = ['Section', 'Run', 'Data', 'Tokenizer', 'Packing', 'Sampler', 'Diffusion', 'Swap', 'SDD', 'Model', 'Optim', 'Trainer',
            'LoaderSettings', 'Tracking', 'Peft', 'Finetune', 'Slurm', 'Chain', 'Config', 'parse_value', 'Source',
            'read_yaml', 'preset_folder', 'presets', 'find_config', 'read_config', 'read_overrides', 'nearest_key',
-           'contradictions', 'load_config', 'settings_table']
+           'sampler_contradictions', 'contradictions', 'load_config', 'settings_table']
 
 # %% ../nbs/01_config.ipynb #f8ce7151
 import difflib, os, re
@@ -488,19 +488,24 @@ def _place(src:Source, key:str)->str:
     below = [p for k, p in src.places.items() if k.startswith(key+'.')]
     return below[0] if below else src.places.get(key.rpartition('.')[0], 'default')
 
-# %% ../nbs/01_config.ipynb #c48c4967
+# %% ../nbs/01_config.ipynb #1a25f929
+def sampler_contradictions(s:Sampler, family:str, block:int|None, token_mix:str)->Iterator[tuple[str, str]]:
+    "Settings of a sampler that a family, its block or its network cannot serve: (key, what is wrong)."
+    if block and s.block: yield 'block', f'has no use with model.diffusion.block {block}, which already is the block'
+    if s.cache == 'dual' and family == 'sdd': yield 'cache', 'dual is for model.architecture diffusion; sdd forms its belief about all hidden tokens, so it reads them all'
+    elif s.cache == 'dual' and not s.block: yield 'cache', 'dual needs a block (model.diffusion.sampler.block)'
+    elif s.cache == 'dual' and token_mix == 'conv3': yield 'cache', 'dual does not know the neighbours that model.token_mix conv3 looks at; take none of the two'
+    if s.remask and s.commit != 'schedule': yield 'remask', f'needs commit schedule (got {s.commit})'
+
 def _family_contradictions(m:Model)->Iterator[tuple[str, str]]:
-    d, s, sampler = m.diffusion, m.sdd, m.diffusion.sampler
+    d, s = m.diffusion, m.sdd
     if m.architecture == 'ar':
         if d.block: yield 'model.diffusion.block', 'has no use with model.architecture ar; leave it out, or set model.architecture=diffusion'
         return
     if m.position == 'learned': yield 'model.position', f'learned has no place for the last token of a row, which {m.architecture} also reads; take rope'
     if m.architecture == 'sdd' and d.block: yield 'model.diffusion.block', 'is for model.architecture diffusion; sdd writes whole rows (model.diffusion.sampler.block cuts the writing alone)'
     if d.block and m.token_mix == 'conv3': yield 'model.token_mix', 'conv3 would look over the edges of the blocks (model.diffusion.block); take none'
-    if d.block and sampler.block: yield 'model.diffusion.sampler.block', f'has no use with model.diffusion.block {d.block}, which already is the block'
-    if sampler.cache == 'dual' and not sampler.block: yield 'model.diffusion.sampler.cache', 'dual needs model.diffusion.sampler.block'
-    if sampler.cache == 'dual' and m.token_mix == 'conv3': yield 'model.diffusion.sampler.cache', 'dual does not know the neighbours that model.token_mix conv3 looks at; take none of the two'
-    if sampler.remask and sampler.commit != 'schedule': yield 'model.diffusion.sampler.remask', f'needs model.diffusion.sampler.commit schedule (got {sampler.commit})'
+    for k, wrong in sampler_contradictions(d.sampler, m.architecture, d.block, m.token_mix): yield f'model.diffusion.sampler.{k}', wrong
     if s.process == 'swap':
         absorb_only = ('readin', 'feedback', 'feedback_prob', 'feedback_warmup_steps', 'depth', 'consistency', 'belief_dropout', 'belief_lr', 'belief', 'warm_refine', 'ignore_weight')
         for k in absorb_only:

@@ -9,14 +9,14 @@ __all__ = ['uniform', 'times', 'hidden_share', 'Canvas', 'canvas_of', 'place_of'
            'by_sureness', 'Unveiler', 'parts', 'write', 'path_scores', 'mask_of', 'never', 'lay_rows', 'change_sampler',
            'score_keys', 'hidden_loss', 'bound_scores', 'exact_scores', 'Writer', 'until', 'Diffusion']
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #6082493f
+# %% ../../nbs/3_models/06_diffusion.ipynb #3b16d0d5
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
-from ..config import Diffusion as DiffusionSettings, Sampler
+from ..config import Diffusion as DiffusionSettings, Sampler, sampler_contradictions
 from ..files import ConfigError
 from .ar import check_dials, shortlist
 from .layers import positions_of
@@ -588,7 +588,7 @@ def exact_scores(
     write(read, canvas.tokens.masked_fill(canvas.hideable, mask_id), canvas.hideable, unveil, block, number)
     return unveil.nats
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #6d792d71
+# %% ../../nbs/3_models/06_diffusion.ipynb #d015f01e
 class Writer:
     "Fills canvases: what the diffusion families write with."
     def __init__(self,
@@ -599,8 +599,8 @@ class Writer:
         settings:DiffusionSettings, # schedule and block
         shift:bool=False, # the vector before a token predicts it
     ):
-        self.network, self.reader, self.sampler, self.special, self.settings, self.shift = network, reader, sampler, special, settings, shift
-        self.evaluations = 0
+        self.network, self.reader, self.sampler, self.special, self.settings, self.shift, self.evaluations = network, reader, sampler, special, settings, shift, 0
+        if wrong := [f'{k} {w}' for k, w in sampler_contradictions(sampler, 'diffusion', settings.block, network.shape.token_mix)]: raise ConfigError(f'the sampler cannot write so: {"; ".join(wrong)}.')
 
     def _share(self, t:float)->float: return float(hidden_share(torch.tensor(t), self.settings.schedule, self.settings.power)[0])
     @torch.no_grad()

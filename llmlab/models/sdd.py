@@ -251,7 +251,7 @@ def probe(
     p = read.state.probs[hidden] if read.k else torch.zeros(len(hidden), 1)
     return {'carry_gap': (carry-none, count), 'feedback_gain': (once-twice, count), 'topk_mass': (p.sum(), len(p)), 'belief_entropy': (torch.special.entr(p).sum(), len(p))}
 
-# %% ../../nbs/3_models/07_sdd.ipynb #a88f4b70
+# %% ../../nbs/3_models/07_sdd.ipynb #70fe269d
 class SDD:
     "Sparse Distribution Diffusion: masked diffusion with a belief."
     name, causal, is_bound, one_graph = 'sdd', False, True, False
@@ -275,6 +275,7 @@ class SDD:
         own = {o: options.pop(o) for o in ('belief', 'warm_refine', 'k') if o in options}
         try: settings = SDDSettings.model_validate(self.settings.model_dump() | own)
         except ValueError as e: raise ConfigError(f'the sampler cannot be set so: {e}') from e
+        if options.get('cache') == 'dual': raise ConfigError('cache dual is for masked diffusion: sdd forms its belief about all hidden tokens, so it reads them all.')
         return SDD(settings, self.diffusion.model_copy(update={'sampler': change_sampler(self.diffusion.sampler, options)}), self.special, self.seed, self.rows_per_step)
 
     def loss(self, network:Transformer, batch:Batch, generator:torch.Generator|None=None)->LossSum:
