@@ -267,24 +267,44 @@ def doctor(
     _print(table)
     if exit_code(findings): raise LlmlabError('there are problems: do what the lines above say, then look again.')
 
-# %% ../nbs/90_cli.ipynb #1918c0fa
+# %% ../nbs/90_cli.ipynb #455ad361
+def _bench_samplers(run:str, judge:str|None, rows:int, tokens:int, rounds:int|None, machine, runs:str)->dict: # the report
+    "The bench of the samplers of a run; the table is printed."
+    from llmlab.eval.evaluate import open_model
+    from llmlab.eval.samplers import bench_samplers, samplers_table
+    from llmlab.recipes import checkpoint_of, held_out
+    say = lambda line: print(line, file=sys.stderr)
+    model, other = (open_model(checkpoint_of(name, runs, False, say), machine.device) if name else None for name in (run, judge))
+    held = held_out(model, say)
+    result = bench_samplers(model, (held.chunk(i) for i in range(len(held.chunks))), judge=other, rows=rows, tokens=tokens, machine=machine, **({'rounds': rounds} if rounds else {}))
+    print(samplers_table(result), end='\n\n', flush=True)
+    return result
+
+# %% ../nbs/90_cli.ipynb #b15cd694
 @door
 def bench(
-    what:Param('what to measure', str, opt=False, nargs='?', choices=('train', 'loader', 'generate', 'all'))='all',
+    what:Param('what to measure; all: what needs no checkpoint', str, opt=False, nargs='?', choices=('train', 'loader', 'generate', 'samplers', 'all'))='all',
     rounds:Param('turns of each; more for steadier medians', int)=None,
     compiled:Param('train: both once more, compiled', bool)=False,
     precision:Param('auto, fp32, bf16 or fp16', str)='auto',
     device:Param('auto, cpu, cuda', str)='auto',
     threads:Param('CPU threads', int)=None,
+    run:Param('samplers: a run of the family diffusion or sdd, a run folder or a checkpoint; without it, the last run', str)=None,
+    judge:Param('samplers: a run of the family ar that says how likely the text is', str)=None,
+    rows:Param('samplers: texts to write (64)', int)=None,
+    tokens:Param('samplers: tokens of a text (63)', int)=None,
+    runs:_runs='runs',
     out:Param('write the numbers to this JSON file too', str)=None,
     verbose:_verbose=False,
     offline:_offline=False,
 )->None:
-    "Measure the speed of training, loader and generation here, beside a peer in the same run."
+    "Measure the speed of training, loader and generation here, beside a peer in the same run; or the samplers of a run."
     from llmlab.eval.speed import bench as measure, bench_machine, table
     from llmlab.files import write_json
+    if what != 'samplers' and (wrong := [k for k, v in (('run', run), ('judge', judge), ('rows', rows), ('tokens', tokens)) if v is not None]): raise ConfigError(f'--{" --".join(wrong)}: only for llmlab_bench samplers.')
     results = []
-    for one in ('train', 'loader', 'generate') if what == 'all' else (what,):
+    if what == 'samplers': results.append(_bench_samplers(run or 'last', judge, 64 if rows is None else rows, 63 if tokens is None else tokens, rounds, bench_machine(device, precision, threads), runs))
+    for one in ('train', 'loader', 'generate') if what == 'all' else () if what == 'samplers' else (what,):
         options = {'rounds': rounds} if rounds else {}
         if one != 'loader': options['machine'] = bench_machine(device, precision, threads)
         for r in measure(one, **options, **({'compiled': True} if compiled and one == 'train' else {})):

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'tokenizer_folder', 'prepare_tokenizer', 'Prepared', 'check_cache', 'prepare',
            'Parts', 'build', 'validator', 'settle_shift', 'begin_from', 'checkpoint_of', 'Result', 'open_run',
            'resume_settings', 'same_data', 'pretrain', 'summary', 'open_trained', 'held_out', 'chosen_metrics',
-           'Writing', 'about_model', 'generation', 'evaluate', 'exact', 'doubtful', 'generate', 'gaps', 'fill']
+           'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'evaluate', 'generate', 'gaps', 'fill']
 
 # %% ../nbs/80_recipes.ipynb #1d50e38a
 import contextlib, functools, json, math, re, time
@@ -410,7 +410,31 @@ def generation(
     if judge: out |= {'judge': judge.info['path'], 'judge_is_itself': Path(judge.info['path']).resolve() == Path(model.info['path']).resolve()}
     return out | {'generation': points}
 
-# %% ../nbs/80_recipes.ipynb #35fca0f8
+# %% ../nbs/80_recipes.ipynb #be1e244a
+EXACT_ROWS = 64 # of a diffusion family: each row takes as many passes as its sampler has steps
+
+def exact(
+    model:scoring.OpenModel, # an open checkpoint; its objective has the sampler that is wanted
+    batches:Iterable[Batch], # rows to score
+    machine:Machine=Machine(), # device, and the format of the products
+)->dict: # val/nll_exact (nats a token), and the sampler that it is exact for
+    "Exact negative log-likelihood: of a diffusion family under its sampler's order and steps, at temperature 1."
+    o, nats, count = model.objective, 0., 0
+    of = None if o.name == 'ar' else o.sampler if o.name == 'diffusion' else o.diffusion.sampler
+    with scoring.looking(model.network), machine.autocast():
+        for batch in batches:
+            batch = batch.to(machine.device)
+            row_nats = o.nll(model.network, batch).nats if of is None else o.exact_nll(model.network, batch, of.steps, of.order)
+            nats, count = nats+float(row_nats.sum()), count+batch.num_targets
+    return {'val/nll_exact': nats/count, 'val/nll_exact_targets': count, 'val/nll_exact_of': 'left to right' if of is None else f'order {of.order}, {of.steps or "one a token"} steps' + (f', belief {o.settings.belief}' if o.name == 'sdd' else '')}
+
+CARRY_GAP = .02 # nats: from here on a carried belief is not trusted
+
+def doubtful(numbers:dict, objective:object)->bool:
+    "Whether a model writes with carried beliefs that its own bound speaks against."
+    return numbers.get('sdd/carry_gap', 0.) > CARRY_GAP and objective.settings.belief == 'carry'
+
+# %% ../nbs/80_recipes.ipynb #890ef123
 def evaluate(
     run:str='last', # a run, a run folder or a checkpoint
     *,
@@ -455,29 +479,6 @@ def evaluate(
             alone = model._replace(objective=model.objective.with_sampler(belief='none'))
             numbers['without_belief'] = generation(alone, chunks, how, batch_size=batch_size, machine=machine, runs=runs)
     return numbers
-
-EXACT_ROWS = 64 # of a diffusion family: each row takes as many passes as its sampler has steps
-
-def exact(
-    model:scoring.OpenModel, # an open checkpoint; its objective has the sampler that is wanted
-    batches:Iterable[Batch], # rows to score
-    machine:Machine=Machine(), # device, and the format of the products
-)->dict: # val/nll_exact (nats a token), and the sampler that it is exact for
-    "Exact negative log-likelihood: of a diffusion family under its sampler's order and steps, at temperature 1."
-    o, nats, count = model.objective, 0., 0
-    of = None if o.name == 'ar' else o.sampler if o.name == 'diffusion' else o.diffusion.sampler
-    with scoring.looking(model.network), machine.autocast():
-        for batch in batches:
-            batch = batch.to(machine.device)
-            row_nats = o.nll(model.network, batch).nats if of is None else o.exact_nll(model.network, batch, of.steps, of.order)
-            nats, count = nats+float(row_nats.sum()), count+batch.num_targets
-    return {'val/nll_exact': nats/count, 'val/nll_exact_targets': count, 'val/nll_exact_of': 'left to right' if of is None else f'order {of.order}, {of.steps or "one a token"} steps' + (f', belief {o.settings.belief}' if o.name == 'sdd' else '')}
-
-CARRY_GAP = .02 # nats: from here on a carried belief is not trusted
-
-def doubtful(numbers:dict, objective:object)->bool:
-    "Whether a model writes with carried beliefs that its own bound speaks against."
-    return numbers.get('sdd/carry_gap', 0.) > CARRY_GAP and objective.settings.belief == 'carry'
 
 # %% ../nbs/80_recipes.ipynb #54243dd1
 def generate(
