@@ -23,12 +23,14 @@ def cost(depth:float=1.5, extra:float=0., consistency:float=0.)->float:
     return 1 + P*(depth/3*(1+extra) + consistency + extra)
 
 ON = [f'model.sdd.feedback_prob={P}', 'model.architecture=sdd']
+SLOW = ['model.sdd.belief_lr=0.1'] # and the share of batches with a belief rises over the whole run
 BASE = { # name -> settings, cost
     'ar': (['model.architecture=ar'], 1.), 'diffusion': (['model.architecture=diffusion'], 1.), 'sdd': (ON, cost()),
+    'sdd slow ramp': ([*ON, *SLOW, f'model.sdd.feedback_warmup_steps={STEPS}'], cost(.75)),
     'swap': (['model.architecture=sdd', 'model.sdd.process=swap', 'model.sdd.k=4'], 1.)}
 CONT = { # started from the diffusion model of the same seed
     'no belief': (['model.architecture=diffusion'], 1.), 'rollout': (ON, cost()),
-    'slow ramp': ([*ON, f'model.sdd.feedback_warmup_steps={MORE}', 'model.sdd.belief_lr=0.1'], cost(.75)),
+    'slow ramp': ([*ON, *SLOW, f'model.sdd.feedback_warmup_steps={MORE}'], cost(.75)),
     'consistency': ([*ON, 'model.sdd.consistency=0.5'], cost(consistency=1.)), 'belief dropout': ([*ON, 'model.sdd.belief_dropout=0.3'], cost()),
     'slots': ([*ON, 'model.sdd.readin=slots'], cost(extra=.48))}
 
@@ -81,7 +83,7 @@ def samples(out:Path, name:str, model, machine, validation, seed:int)->dict:
     windows = real_windows((validation.chunk(i) for i in range(len(validation.chunks))), 96, 63, model.tokenizer.eos_id)
     windows = [w for w in windows if len(w) == 64]
     return {label: sweep(model.network, model.objective.with_sampler(**options), model.tokenizer, windows, max_new_tokens=63, temperatures=temperatures, judge=judge, seed=seed, machine=machine)
-            for label, (options, temperatures) in SAMPLERS[name].items()}
+            for label, (options, temperatures) in SAMPLERS[name.split()[0]].items()}
 
 
 def run(out:Path, text:str, job:str, name:str, seed:int, overrides:list[str], steps:int, draws:int, writes:bool)->None:
@@ -103,7 +105,7 @@ def run(out:Path, text:str, job:str, name:str, seed:int, overrides:list[str], st
 
 def jobs(out:Path)->list[tuple]:
     "All jobs, those that others wait for first."
-    base = [(f'{name}-{s}', name, s, o, round(STEPS/c), 4, True) for s in SEEDS for name, (o, c) in BASE.items()]
+    base = [(f'{name.replace(" ", "-")}-{s}', name, s, o, round(STEPS/c), 4, True) for s in SEEDS for name, (o, c) in BASE.items()]
     cont = [(f'{name.replace(" ", "-")}-from-diffusion-{s}', name, s, [*o, f'model.init={out/"runs"/f"diffusion-{s}"}', 'optim.lr=2.5e-3'], round(MORE/c), 2, False)
             for s in SEEDS for name, (o, c) in CONT.items()]
     order = {'ar': 0, 'diffusion': 1, 'sdd': 2, 'swap': 4}
@@ -130,7 +132,7 @@ def tables(out:Path)->None:
     print(f'seeds: { {name: len(rs) for name, rs in found.items()} }')
     print_table(['', 'steps', 'loss, all rows', 'exact or bound', 'accuracy'], [[n, str(found[n][0]['steps']), of(n, 'loss'), 'exact' if n == 'ar' else 'bound', of(n, 'accuracy')] for n in BASE if n in found])
     keys = ['loss of the first rows', 'path 64', 'path 16', 'exact 64 left', 'exact 64 prob', 'exact 16 prob']
-    lines = [(n, b) for n in BASE if n in found for b in (('none', 'alt', 'carry') if n == 'sdd' else ('',))]
+    lines = [(n, b) for n in BASE if n in found for b in (('none', 'alt', 'carry') if n.startswith('sdd') else ('',))]
     print_table(['first rows', *keys], [[f'{n} {b}'.strip(), *(of(n, k if k[0] == 'l' or not b else f'{k} {b}') if not (k[0] == 'l' and b in ('alt', 'carry')) else '' for k in keys)] for n, b in lines])
     keys = ['judge_nats', 'entropy', 'distinct2', 'rep1', 'rep4', 'self_bleu4', 'nfe']
     lines, real = [], None
