@@ -492,3 +492,19 @@ def test_exact_likelihood_by_the_evaluator(tmp_path):
     assert a['val/nll_exact_of'] == 'order prob, 4 steps, belief alt' and b['val/nll_exact_of'] == 'order left, one a token steps, belief carry'
     assert a['val/nll_exact'] > 0 and a['val/nll_exact'] != b['val/nll_exact'] and 'val/loss' not in a
     with pytest.raises(ConfigError, match='no exact likelihood'): evaluate('swap', metrics=['exact'], runs=tmp_path/'runs')
+
+
+@pytest.mark.parametrize('sampler', [dict(order='prob'), dict(order='prob', steps=2), dict(order='margin', steps=2), dict(commit='threshold', threshold=.4), dict(order='left', steps=2), dict(order='entropy', commit='entropy_bound', gamma=.8)], ids=str)
+def test_what_is_written_has_the_likelihood_that_is_said(sampler):
+    "Many texts of three words, written at temperature 1, against the exact probability of each."
+    from llmlab.models.diffusion import Dials, Unveiler, write
+    from llmlab.config import Sampler
+    o = diffusion(sampler=sampler)
+    net, c, s = network(o, sharp=5.), canvas_of(language()), Sampler(**sampler)
+    unveil = Unveiler(o.reader(net, c), s, Dials(), o.mask_id, torch.zeros(c.tokens.shape), truth=c.tokens)
+    with torch.no_grad(): write(unveil.read, c.tokens.masked_fill(c.hideable, o.mask_id), c.hideable, unveil)
+    p = unveil.nats.neg().exp()
+    assert_close(p.sum(), torch.tensor(1.), rtol=1e-5, atol=0)
+    rows = torch.tensor(o.generate(net, [[8]]*20_000, max_new_tokens=L, temperature=1., generator=gen(1)))
+    seen = torch.bincount((rows*torch.tensor([WORDS**2, WORDS, 1])).sum(1), minlength=WORDS**L)/20_000
+    assert (seen-p).abs().sum()/2 < .08 # about .05 is chance: 343 texts, 20,000 draws

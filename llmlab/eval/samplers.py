@@ -179,7 +179,7 @@ def bench_samplers(
     about = {'model': model.info['path'], 'judge': judge.info['path'] if judge else 'none', 'texts': f'{len(windows)} of {tokens} tokens, {min(batch_rows, len(windows))} at once, temperature 1', 'machine': about_machine(machine)}
     return dict(what='samplers', rows=found, real=_look([w[prompt_tokens:] for w in windows], prompts, model, judge, machine), left_out=left_out, within=within, rounds=rounds, about=about)
 
-# %% ../../nbs/5_eval/05_samplers.ipynb #9826b2c2
+# %% ../../nbs/5_eval/05_samplers.ipynb #72ea03fd
 def _cell(value:float|None, form:str)->str: return '' if value is None else format(value, form)
 
 def samplers_table(
@@ -194,6 +194,6 @@ def samplers_table(
     lines += [f'| real text | | | | | | | {looks(result["real"])} | |', '']
     for order, e in {r['order']: r['equal_quality'] for r in result['rows']}.items():
         lines.append(f'- {order}: {e["name"]} has {e["evaluations"]:,.1f} evaluations, x {e["speed"]:.2f}, within {result["within"]:g} nats of {e["reference"]}')
-    lines += ['- exact nats: of real text; in random order under one order, else with the places chosen by the likeliest tokens']
+    lines += ['- exact nats: of real text, under the same rule that writes; in random order under one order']
     lines += [f'- left out: {why}' for why in result['left_out']]
     return '\n'.join([*lines, *(f'- {k}: {v}' for k, v in result['about'].items()), f'- rounds: {result["rounds"]}, in turns; medians'])

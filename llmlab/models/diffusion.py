@@ -291,7 +291,7 @@ class DualReader:
         self.age += 1
         return scores(self.network, h, self.never)
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #6b2826f5
+# %% ../../nbs/3_models/06_diffusion.ipynb #9c1c8377
 def top(
     score:Tensor, # [B, N]
     among:Tensor, # [B, N] bool
@@ -303,11 +303,10 @@ def top(
 
 def sureness(
     q:Tensor, # [n, V] probabilities
-    tokens:Tensor, # [n] the candidates
     order:str, # prob, margin, entropy
 )->Tensor: # [n]
-    "How sure a guess is: the higher, the sooner it is written."
-    if order == 'prob': return q.gather(1, tokens[:, None])[:, 0]
+    "How sure a distribution is: the higher, the sooner a token is drawn from it."
+    if order == 'prob': return q.amax(-1)
     if order == 'margin':
         two = q.topk(2).values
         return two[:, 0]-two[:, 1]
@@ -358,7 +357,7 @@ class Dials:
     def noise(self, like:Tensor)->Tensor: # [B, N] float32 in [0, 1)
         return torch.rand(like.shape, generator=self.generator, device=self.generator.device).to(like.device)
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #6d918c5f
+# %% ../../nbs/3_models/06_diffusion.ipynb #52b54555
 def by_chance(
     noise:Tensor, # [B, N] in [0, 1): when each token appears
     hidden:Tensor, # [B, N] bool
@@ -369,7 +368,6 @@ def by_chance(
 
 def by_sureness(
     logits:Tensor, # [n, V] of hidden tokens
-    guess:Tensor, # [n] candidates
     hidden:Tensor, # [B, N] bool
     sampler:Sampler, # order and commit
     left:int, # steps that are left
@@ -379,13 +377,13 @@ def by_sureness(
 )->Tensor: # [B, N] bool
     "The tokens to write now, from what is known of all hidden ones."
     q, full = logits.softmax(-1), torch.full(hidden.shape, -torch.inf, device=hidden.device)
-    by = lambda order: full.masked_scatter(hidden, sureness(q, guess, order))
+    by = lambda order: full.masked_scatter(hidden, sureness(q, order))
     order = {'entropy_bound': 'entropy', 'threshold': 'prob', 'schedule': sampler.order}[sampler.commit] # what decides how many decides which
     score = noise if order == 'random' else -torch.arange(hidden.shape[1], device=hidden.device).float().expand_as(full) if order == 'left' else by(order)
     if number is None: number = how_many(score, by('prob') if sampler.commit == 'threshold' else score, hidden, sampler, left)
     return top(score if shake is None else score+shake, hidden, number)
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #2f38ecbe
+# %% ../../nbs/3_models/06_diffusion.ipynb #46e99378
 class Unveiler:
     "Writes the hidden tokens of a canvas, or scores the true ones."
     def __init__(self,
@@ -411,8 +409,8 @@ class Unveiler:
         logits, full = self.read(z, want), torch.zeros(z.shape, device=z.device)
         tokens = self.truth[want] if self.truth is not None else self.dials.draw(logits)
         if chosen is None:
-            guess, shake = logits.argmax(-1) if self.truth is not None else tokens, s.position_temperature*left/total
-            chosen = by_sureness(logits, guess, hidden, s, left, number, self.noise, -shake*(-self.dials.noise(full).clamp(1e-9, 1-1e-6).log()).log() if shake else None)
+            shake = s.position_temperature*left/total
+            chosen = by_sureness(logits, hidden, s, left, number, self.noise, -shake*(-self.dials.noise(full).clamp(1e-9, 1-1e-6).log()).log() if shake else None)
         cost = full.masked_scatter(want, -logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
         self.nats, self.evaluations, self.cost = self.nats+(cost*chosen).sum(1), self.evaluations+1, torch.where(chosen, cost, self.cost)
         return torch.where(chosen, z.masked_scatter(want, tokens), z), hidden & ~chosen
