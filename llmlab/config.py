@@ -67,10 +67,10 @@ class Packing(Section):
     folder: str = Field('cache', description='folder that holds the caches')
     codec: Literal['lz4', 'none'] = Field('lz4', description='compression of the chunk files')
 
-# %% ../nbs/01_config.ipynb #89813c70
+# %% ../nbs/01_config.ipynb #f1173a43
 class Sampler(Section):
     "How a diffusion family fills hidden tokens."
-    order: Literal['random', 'prob', 'margin', 'entropy', 'left'] = Field('random', description='which hidden tokens are written first: random (ancestral sampling), the most probable, the clearest lead over the second, the lowest entropy, the leftmost')
+    order: Literal['random', 'prob', 'margin', 'entropy', 'left', 'drawn'] = Field('random', description='which hidden tokens are written first: random (ancestral sampling), the highest probability, the clearest lead over the second, the lowest entropy, the leftmost; drawn: the highest probability of what was drawn, as LLaDA does (dull texts)')
     commit: Literal['schedule', 'threshold', 'entropy_bound'] = Field('schedule', description='how many at once: an even share of the steps; all that are surer than threshold; as many as keep their joint entropy below gamma')
     steps: int | None = Field(None, ge=1, description='network evaluations for the tokens to write (of each block, where there are blocks); null: one for each token')
     threshold: float = Field(0.9, gt=0, le=1, description='commit: threshold; probability from which a token is written')

@@ -164,7 +164,7 @@ def test_the_read_in_learns():
 
 # 3. What samplers may not do
 
-SAMPLERS = [dict(), dict(steps=3), dict(order='prob'), dict(order='margin', steps=4), dict(order='entropy', position_temperature=2.), dict(order='left', steps=5), dict(commit='threshold', threshold=.3),
+SAMPLERS = [dict(), dict(steps=3), dict(order='prob'), dict(order='drawn', steps=5), dict(order='margin', steps=4), dict(order='entropy', position_temperature=2.), dict(order='left', steps=5), dict(commit='threshold', threshold=.3),
     dict(order='prob', commit='entropy_bound', gamma=1.), dict(steps=6, remask=.7), dict(order='prob', steps=6, remask=1., remask_schedule='cap'), dict(order='prob', steps=5, remask=.5, remask_schedule='conf'),
     dict(block=4), dict(block=3, order='prob', steps=2), dict(block=4, cache='dual', order='prob', refresh=2)]
 
@@ -207,6 +207,7 @@ def test_texts_longer_than_a_row_and_stops():
         with pytest.raises(ConfigError, match=says): o.generate(net, bad, max_new_tokens=5, temperature=0)
     with pytest.raises(ConfigError, match='give a generator'): diffusion().generate(net, [[8]], max_new_tokens=5, temperature=0)
     with pytest.raises(ConfigError, match='marks of what is hidden'): o.fill(net, [[8, 1]], [[False]], temperature=0)
+    with pytest.raises(ConfigError, match='depends on what is drawn'): diffusion().exact_nll(net, language(), order='drawn')
     with pytest.raises(ConfigError, match='first token'): diffusion(shift=True, sampler=dict(order='prob')).fill(net, [[8, 1]], [[True, False]], temperature=0)
 
 

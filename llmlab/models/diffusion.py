@@ -291,7 +291,7 @@ class DualReader:
         self.age += 1
         return scores(self.network, h, self.never)
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #9c1c8377
+# %% ../../nbs/3_models/06_diffusion.ipynb #2c5e0a5d
 def top(
     score:Tensor, # [B, N]
     among:Tensor, # [B, N] bool
@@ -303,10 +303,12 @@ def top(
 
 def sureness(
     q:Tensor, # [n, V] probabilities
-    order:str, # prob, margin, entropy
+    order:str, # prob, margin, entropy, drawn
+    drawn:Tensor|None=None, # [n] the tokens that were drawn, for `drawn`
 )->Tensor: # [n]
     "How sure a distribution is: the higher, the sooner a token is drawn from it."
     if order == 'prob': return q.amax(-1)
+    if order == 'drawn': return q.gather(1, drawn[:, None])[:, 0]
     if order == 'margin':
         two = q.topk(2).values
         return two[:, 0]-two[:, 1]
@@ -357,7 +359,7 @@ class Dials:
     def noise(self, like:Tensor)->Tensor: # [B, N] float32 in [0, 1)
         return torch.rand(like.shape, generator=self.generator, device=self.generator.device).to(like.device)
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #52b54555
+# %% ../../nbs/3_models/06_diffusion.ipynb #c1f5a3a4
 def by_chance(
     noise:Tensor, # [B, N] in [0, 1): when each token appears
     hidden:Tensor, # [B, N] bool
@@ -368,6 +370,7 @@ def by_chance(
 
 def by_sureness(
     logits:Tensor, # [n, V] of hidden tokens
+    drawn:Tensor, # [n] what was drawn from them
     hidden:Tensor, # [B, N] bool
     sampler:Sampler, # order and commit
     left:int, # steps that are left
@@ -377,13 +380,13 @@ def by_sureness(
 )->Tensor: # [B, N] bool
     "The tokens to write now, from what is known of all hidden ones."
     q, full = logits.softmax(-1), torch.full(hidden.shape, -torch.inf, device=hidden.device)
-    by = lambda order: full.masked_scatter(hidden, sureness(q, order))
+    by = lambda order: full.masked_scatter(hidden, sureness(q, order, drawn))
     order = {'entropy_bound': 'entropy', 'threshold': 'prob', 'schedule': sampler.order}[sampler.commit] # what decides how many decides which
     score = noise if order == 'random' else -torch.arange(hidden.shape[1], device=hidden.device).float().expand_as(full) if order == 'left' else by(order)
     if number is None: number = how_many(score, by('prob') if sampler.commit == 'threshold' else score, hidden, sampler, left)
     return top(score if shake is None else score+shake, hidden, number)
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #46e99378
+# %% ../../nbs/3_models/06_diffusion.ipynb #c1731bb2
 class Unveiler:
     "Writes the hidden tokens of a canvas, or scores the true ones."
     def __init__(self,
@@ -410,7 +413,7 @@ class Unveiler:
         tokens = self.truth[want] if self.truth is not None else self.dials.draw(logits)
         if chosen is None:
             shake = s.position_temperature*left/total
-            chosen = by_sureness(logits, hidden, s, left, number, self.noise, -shake*(-self.dials.noise(full).clamp(1e-9, 1-1e-6).log()).log() if shake else None)
+            chosen = by_sureness(logits, tokens, hidden, s, left, number, self.noise, -shake*(-self.dials.noise(full).clamp(1e-9, 1-1e-6).log()).log() if shake else None)
         cost = full.masked_scatter(want, -logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
         self.nats, self.evaluations, self.cost = self.nats+(cost*chosen).sum(1), self.evaluations+1, torch.where(chosen, cost, self.cost)
         return torch.where(chosen, z.masked_scatter(want, tokens), z), hidden & ~chosen
@@ -570,7 +573,7 @@ def bound_scores(
     nats = torch.stack(nats)
     return RowScores(nats.mean(0), canvas.hideable.sum(1), right, asked, nats.var(0)/draws if draws > 1 else None)
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #1731e22d
+# %% ../../nbs/3_models/06_diffusion.ipynb #4d4e2f50
 def exact_scores(
     read:Reader, # made for this canvas
     canvas:Canvas, # clean rows
@@ -580,6 +583,7 @@ def exact_scores(
     block:int|None=None, # S: block diffusion
 )->Tensor: # [B] nats
     "Reveal the truth in the order that the sampler would choose, and add up what each token cost (Wang et al. 2026, DUEL)."
+    if order == 'drawn': raise ConfigError('the order `drawn` depends on what is drawn, so it has no exact likelihood. Take prob, margin, entropy, left or random.')
     noise = uniform(torch.zeros_like(canvas.tokens[:, 0]), canvas.tokens.shape[1], -2_000) # the same for all rows
     unveil = Unveiler(read, Sampler(order=order, steps=steps), Dials(), mask_id, noise, truth=canvas.tokens)
     number = None if block is None else block_rule(canvas.document, canvas.tokens.shape, block, noise.device)[1]

@@ -64,7 +64,7 @@ def scores(model, machine, rows, draws:int)->dict:
 
 SAMPLERS = { # name -> (options, temperatures)
     'ar': {'left to right': ({}, (.8, .9, 1.))},
-    'diffusion': {'random 64': ({}, (.8, .9, 1.)), 'random 16': ({'steps': 16}, (1.,)), 'surest first 64': ({'order': 'prob'}, (1.,)), 'surest first 16': ({'order': 'prob', 'steps': 16}, (1.,))},
+    'diffusion': {'random 64': ({}, (.8, .9, 1.)), 'random 16': ({'steps': 16}, (1.,)), 'surest first 64': ({'order': 'prob'}, (1.,)), 'surest first 16': ({'order': 'prob', 'steps': 16}, (1.,)), 'likeliest drawn first 64': ({'order': 'drawn'}, (1.,))},
     'sdd': {'random 64': ({'belief': 'alt'}, (.8, .9, 1.)), 'random 64, none': ({'belief': 'none'}, (1.,)), 'random 64, carry': ({'belief': 'carry'}, (1.,)),
             'random 16': ({'belief': 'alt', 'steps': 16}, (1.,)), 'surest first 16': ({'belief': 'alt', 'order': 'prob', 'steps': 16}, (1.,))},
     'swap': {'original 25': ({'sampler': 'original'}, (1.,)), 'posterior 25': ({'sampler': 'posterior', 'steps': 25, 'temperature': 1.}, (.8, 1.)), 'posterior 64': ({'sampler': 'posterior', 'steps': 64, 'temperature': 1.}, (1.,))}}
