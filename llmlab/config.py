@@ -93,7 +93,7 @@ class Diffusion(Section):
     shift: Literal['auto'] | bool = Field('auto', description='the vector before a hidden token predicts it, as in an autoregressive network; auto: only when started from one (model.init)')
     sampler: Sampler = Field(default_factory=Sampler)
 
-# %% ../nbs/01_config.ipynb #39bc52db
+# %% ../nbs/01_config.ipynb #3e801236
 class Swap(Section):
     "The original process of SDD, kept to be looked at."
     clean_temp: float = Field(0.01, gt=0, lt=1, description='probability that each false candidate shows in a clean state')
@@ -115,11 +115,11 @@ class SDD(Section):
     readin: Literal['mix', 'slots'] = Field('mix', description='mix: the mean embedding of the candidates; slots: attention over the candidates of all tokens')
     feedback: Literal['rollout', 'pair', 'none'] = Field('rollout', description='how beliefs are made in training: over several ever less hidden states; by one pass; not at all')
     feedback_prob: float = Field(0.5, ge=0, le=1, description='share of the batches with a belief')
-    feedback_warmup_steps: int = Field(200, ge=0, description='steps in which feedback_prob rises from 0')
+    feedback_warmup_steps: int = Field(2000, ge=0, description='steps in which feedback_prob rises from 0; best as long as the run: early beliefs are worth nothing and cost passes')
     depth: int = Field(2, ge=1, description='rollout: most passes before the one that learns')
     consistency: float = Field(0., ge=0, description='weight of the divergence between the scores with and without belief')
     belief_dropout: float = Field(0., ge=0, lt=1, description='share of the hidden tokens whose belief is dropped in training')
-    belief_lr: float = Field(1., gt=0, description='learning rate of the read-in, as a multiple of optim.lr')
+    belief_lr: float = Field(0.1, gt=0, description='learning rate of the read-in, as a multiple of optim.lr')
     belief: Literal['none', 'alt', 'carry'] = Field('alt', description='when writing: no belief; every other evaluation; always the last one')
     warm_refine: int = Field(0, ge=0, description='when writing: evaluations that only improve the belief, before the first token is written')
     ignore_weight: float = Field(0., ge=0, description='weight of padding in the loss, with <|ignore|> as its target; 0: padding is not seen')

@@ -22,7 +22,7 @@ def cost(depth:float=1.5, extra:float=0., consistency:float=0.)->float:
     "Training work of a step, as a multiple of masked diffusion's: forward is 1/3; `extra`: of a forward pass, to read a belief in by slots."
     return 1 + P*(depth/3*(1+extra) + consistency + extra)
 
-ON = [f'model.sdd.feedback_prob={P}', 'model.architecture=sdd']
+ON = ['model.architecture=sdd', f'model.sdd.feedback_prob={P}', 'model.sdd.feedback_warmup_steps=200', 'model.sdd.belief_lr=1']
 SLOW = ['model.sdd.belief_lr=0.1'] # and the share of batches with a belief rises over the whole run
 BASE = { # name -> settings, cost
     'ar': (['model.architecture=ar'], 1.), 'diffusion': (['model.architecture=diffusion'], 1.), 'sdd': (ON, cost()),
