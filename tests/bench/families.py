@@ -75,20 +75,21 @@ def wait_for(path:Path)->None:
     while not path.exists(): time.sleep(2)
 
 
-def samples(out:Path, name:str, model, machine, validation, seed:int)->dict:
+def samples(out:Path, name:str, model, machine, validation, seed:int, have:dict)->dict:
     "Statistics of 96 rows of 63 tokens for each sampler and temperature; the judge is the AR model of the next seed."
     judge_run = f'ar-{seed%len(SEEDS)+1}'
     wait_for(out/f'{judge_run}.json')
     judge, _ = open_trained(str(out/'runs'/judge_run))
     windows = real_windows((validation.chunk(i) for i in range(len(validation.chunks))), 96, 63, model.tokenizer.eos_id)
     windows = [w for w in windows if len(w) == 64]
-    return {label: sweep(model.network, model.objective.with_sampler(**options), model.tokenizer, windows, max_new_tokens=63, temperatures=temperatures, judge=judge, seed=seed, machine=machine)
-            for label, (options, temperatures) in SAMPLERS[name.split()[0]].items()}
+    return have | {label: sweep(model.network, model.objective.with_sampler(**options), model.tokenizer, windows, max_new_tokens=63, temperatures=temperatures, judge=judge, seed=seed, machine=machine)
+            for label, (options, temperatures) in SAMPLERS[name.split()[0]].items() if label not in have}
 
 
 def run(out:Path, text:str, job:str, name:str, seed:int, overrides:list[str], steps:int, draws:int, writes:bool)->None:
     target = out/f'{job}.json'
-    if target.exists(): return
+    found = json.loads(target.read_text()) if target.exists() else None
+    if found and (not writes or set(SAMPLERS[name.split()[0]]) <= set(found.get('samples', {}))): return
     for o in overrides:
         if o.startswith('model.init='): wait_for(out/f'{Path(o).name}.json')
     cfg = settings(out, text, job, seed, overrides, steps)
@@ -96,9 +97,9 @@ def run(out:Path, text:str, job:str, name:str, seed:int, overrides:list[str], st
     model, machine = open_trained(str(out/'runs'/job))
     validation = prepare(cfg, say=lambda line: None).validation
     rows = lambda limit: in_order(validation, 64, limit)
-    found = {'job': job, 'name': name, 'seed': seed, 'steps': steps, **scores(model, machine, rows, draws)}
+    found = found or {'job': job, 'name': name, 'seed': seed, 'steps': steps, **scores(model, machine, rows, draws)}
     if name == 'ar': target.write_text(json.dumps(found)); # others wait for it as a judge
-    if writes: found['samples'] = samples(out, name, model, machine, validation, seed)
+    if writes: found['samples'] = samples(out, name, model, machine, validation, seed, found.get('samples', {}))
     target.write_text(json.dumps(found, indent=1))
     print(job, {k: round(v, 4) for k, v in found.items() if isinstance(v, float)}, flush=True)
 
@@ -150,6 +151,7 @@ def tables(out:Path)->None:
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--text'); p.add_argument('--out', type=Path, required=True)
+    p.add_argument('--only', default='', help='jobs whose name begins so')
     p.add_argument('--part', type=int, default=0); p.add_argument('--of', type=int, default=1); p.add_argument('--table', action='store_true')
     a = p.parse_args()
     out = a.out.absolute()
@@ -157,4 +159,4 @@ if __name__ == '__main__':
     else:
         torch.set_num_threads(1)
         out.mkdir(parents=True, exist_ok=True)
-        for job in jobs(out)[a.part::a.of]: run(out, str(Path(a.text).absolute()), *job)
+        for job in [j for j in jobs(out) if j[0].startswith(a.only)][a.part::a.of]: run(out, str(Path(a.text).absolute()), *job)
