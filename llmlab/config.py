@@ -488,7 +488,7 @@ def _place(src:Source, key:str)->str:
     below = [p for k, p in src.places.items() if k.startswith(key+'.')]
     return below[0] if below else src.places.get(key.rpartition('.')[0], 'default')
 
-# %% ../nbs/01_config.ipynb #1a25f929
+# %% ../nbs/01_config.ipynb #ab68af9c
 def sampler_contradictions(s:Sampler, family:str, block:int|None, token_mix:str)->Iterator[tuple[str, str]]:
     "Settings of a sampler that a family, its block or its network cannot serve: (key, what is wrong)."
     if block and s.block: yield 'block', f'has no use with model.diffusion.block {block}, which already is the block'
@@ -510,6 +510,7 @@ def _family_contradictions(m:Model)->Iterator[tuple[str, str]]:
         absorb_only = ('readin', 'feedback', 'feedback_prob', 'feedback_warmup_steps', 'depth', 'consistency', 'belief_dropout', 'belief_lr', 'belief', 'warm_refine', 'ignore_weight')
         for k in absorb_only:
             if getattr(s, k) != SDD.model_fields[k].default: yield f'model.sdd.{k}', 'has no use with model.sdd.process swap; leave it out'
+        if d.sampler != Sampler(): yield 'model.diffusion.sampler', 'has no use with model.sdd.process swap, which writes as model.sdd.swap says; leave it out'
     if s.belief == 'carry' and s.feedback == 'pair': yield 'model.sdd.belief', 'carry needs beliefs that were carried in training: model.sdd.feedback=rollout (a carried belief confirms itself otherwise)'
     if d.masks == 'count' and d.schedule != 'loglinear': yield 'model.diffusion.masks', f'count draws the number of hidden tokens evenly, which is the schedule loglinear (got {d.schedule})'
     if s.k_schedule is not None and (not s.k_schedule or min(s.k_schedule) < 0): yield 'model.sdd.k_schedule', f'must be a list of numbers of candidates, 0 or more (got {s.k_schedule})'

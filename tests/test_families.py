@@ -509,3 +509,15 @@ def test_what_is_written_has_the_likelihood_that_is_said(sampler):
     rows = torch.tensor(o.generate(net, [[8]]*20_000, max_new_tokens=L, temperature=1., generator=gen(1)))
     seen = torch.bincount((rows*torch.tensor([WORDS**2, WORDS, 1])).sum(1), minlength=WORDS**L)/20_000
     assert (seen-p).abs().sum()/2 < .08 # about .05 is chance: 343 texts, 20,000 draws
+
+
+@pytest.mark.parametrize('words, says', [
+    (['model.architecture=diffusion', 'model.position=learned'], 'no place for the last token'), (['model.architecture=sdd', 'model.diffusion.block=4'], 'writes whole rows'),
+    (['model.architecture=diffusion', 'model.diffusion.block=4', 'model.token_mix=conv3'], 'look over the edges'), (['model.diffusion.block=4'], 'has no use with model.architecture ar'),
+    (['model.architecture=diffusion', 'model.diffusion.block=4', 'model.diffusion.sampler.block=4'], 'already is the block'), (['model.architecture=sdd', 'model.sdd.process=swap', 'model.sdd.consistency=1'], 'process swap'),
+    (['model.architecture=diffusion', 'model.diffusion.sampler.cache=dual'], 'needs a block'), (['model.architecture=sdd', 'model.diffusion.sampler.cache=dual', 'model.diffusion.sampler.block=4'], 'reads them all'),
+    (['model.architecture=diffusion', 'model.diffusion.masks=count', 'model.diffusion.schedule=cosine'], 'schedule loglinear'), (['model.architecture=sdd', 'model.sdd.k_schedule=[]'], 'list of numbers'),
+    (['model.architecture=sdd', 'model.sdd.feedback=pair', 'model.sdd.belief=carry'], 'carried in training'), (['model.architecture=sdd', 'model.sdd.process=swap', 'model.diffusion.sampler.steps=3'], 'model.sdd.swap'),
+    (['model.architecture=diffusion', 'model.diffusion.sampler.remask=.5', 'model.diffusion.sampler.commit=threshold'], 'needs commit schedule')], ids=str)
+def test_settings_that_do_not_go_together(words, says):
+    with pytest.raises(ConfigError, match=says): tiny.config(*words)
