@@ -28,7 +28,6 @@ BASE = { # name -> settings, cost
     'ar': (['model.architecture=ar'], 1.), 'diffusion': (['model.architecture=diffusion'], 1.), 'sdd': (ON, cost()),
     'sdd slow ramp': ([*ON, *SLOW, f'model.sdd.feedback_warmup_steps={STEPS}'], cost(.75)),
     'swap': (['model.architecture=sdd', 'model.sdd.process=swap', 'model.sdd.k=4'], 1.)}
-FEW = [*ON, *SLOW, f'model.sdd.feedback_warmup_steps={STEPS}', 'model.sdd.feedback_prob=0.25'], 1+(cost(.75)-1)/2 # a quarter of the batches at the end
 CONT = { # started from the diffusion model of the same seed
     'no belief': (['model.architecture=diffusion'], 1.), 'rollout': (ON, cost()),
     'slow ramp': ([*ON, *SLOW, f'model.sdd.feedback_warmup_steps={MORE}'], cost(.75)),
@@ -110,7 +109,6 @@ def jobs(out:Path)->list[tuple]:
     base = [(f'{name.replace(" ", "-")}-{s}', name, s, o, round(STEPS/c), 4, True) for s in SEEDS for name, (o, c) in BASE.items()]
     cont = [(f'{name.replace(" ", "-")}-from-diffusion-{s}', name, s, [*o, f'model.init={out/"runs"/f"diffusion-{s}"}', 'optim.lr=2.5e-3'], round(MORE/c), 2, False)
             for s in SEEDS for name, (o, c) in CONT.items()]
-    base += [(f'sdd-few-beliefs-{s}', 'sdd few beliefs', s, FEW[0], round(STEPS/FEW[1]), 4, False) for s in SEEDS]
     order = {'ar': 0, 'diffusion': 1, 'sdd': 2, 'swap': 4}
     return sorted(base+cont, key=lambda j: order.get(j[1], 3))
 
@@ -133,7 +131,7 @@ def tables(out:Path)->None:
         found.setdefault(r['name'], []).append(r)
     of = lambda name, k: spread([r.get(k) for r in found.get(name, [])])
     print(f'seeds: { {name: len(rs) for name, rs in found.items()} }')
-    print_table(['', 'steps', 'loss, all rows', 'exact or bound', 'accuracy'], [[n, str(found[n][0]['steps']), of(n, 'loss'), 'exact' if n == 'ar' else 'bound', of(n, 'accuracy')] for n in [*BASE, 'sdd few beliefs'] if n in found])
+    print_table(['', 'steps', 'loss, all rows', 'exact or bound', 'accuracy'], [[n, str(found[n][0]['steps']), of(n, 'loss'), 'exact' if n == 'ar' else 'bound', of(n, 'accuracy')] for n in BASE if n in found])
     keys = ['loss of the first rows', 'path 64', 'path 16', 'exact 64 left', 'exact 64 prob', 'exact 16 prob']
     lines = [(n, b) for n in BASE if n in found for b in (('none', 'alt', 'carry') if n.startswith('sdd') else ('',))]
     print_table(['first rows', *keys], [[f'{n} {b}'.strip(), *(of(n, k if k[0] == 'l' or not b else f'{k} {b}') if not (k[0] == 'l' and b in ('alt', 'carry')) else '' for k in keys)] for n, b in lines])
