@@ -47,7 +47,7 @@ def real_text(
     "The statistics of the real text beside what was written."
     return next((p for p in result.get('generation') or [] if p['name'] == REAL), {})
 
-# %% ../../nbs/5_eval/04_compare.ipynb #66eb4e2e
+# %% ../../nbs/5_eval/04_compare.ipynb #bafa0bea
 class Line(NamedTuple):
     "A line of the table."
     name:str                          # as it is shown
@@ -61,7 +61,7 @@ def _loss(result:dict)->str|None:
 
 SCORED = (Line('family', lambda r: r.get('architecture')), _number('parameters', 'parameters', ','), _number('training tokens', 'training_tokens', ','), _number('step', 'step', ','),
     Line('loss, nats per token', _loss), Line('exact or bound', lambda r: {True: 'bound', False: 'exact'}.get(r.get('val/is_bound'))), _number('perplexity', 'val/perplexity', ',.2f'),
-    _number('scatter of the draws', 'val/loss_mc_se', '.4f'), _number('bits per byte', 'val/bits_per_byte', '.4f'), _number('accuracy', 'val/accuracy', '.4f'), Line('accuracy of', accuracy_of))
+    _number('scatter of the draws', 'val/loss_mc_se', '.4f'), _number('exact loss of the sampler', 'val/nll_exact', '.4f'), Line('of', lambda r: r.get('val/nll_exact_of')), _number('bits per byte', 'val/bits_per_byte', '.4f'), _number('accuracy', 'val/accuracy', '.4f'), Line('accuracy of', accuracy_of))
 SAMPLER = Line('sampler', _sampler)
 WRITTEN = tuple(_number(*x) for x in (('written at temperature', 'temperature', 'g'), ('judge, nats per token', 'gen/judge_nats', '.3f'), ('judge, nats per byte', 'gen/judge_nats_per_byte', '.3f'),
     ('entropy of a row', 'gen/entropy', '.3f'), ('distinct pairs', 'gen/distinct2', '.3f'), ('self-BLEU', 'gen/self_bleu4', '.3f'), ('same token twice', 'gen/rep1', '.3f'),
