@@ -10,7 +10,7 @@ from llmlab.config import SDD as SDDSettings, Diffusion as DiffusionSettings
 from llmlab.files import CheckpointError, ConfigError
 from llmlab.models.ar import AR, shortlist
 from llmlab.models.diffusion import Canvas, Diffusion, PlainReader, canvas_of, hide_by_time, hide_for_score, hidden_share, never, row_keys, times, uniform, vectors
-from llmlab.models.sdd import SDD, BeliefReader, believe, k_at, passes
+from llmlab.models.sdd import SDD
 from llmlab.models.transformer import Shape, build
 from llmlab.packing.loader import Batch
 

@@ -104,3 +104,8 @@ def test_what_is_no_llama():
     odd = LlamaForCausalLM(LlamaConfig(**tiny, head_dim=16, attention_bias=True, rope_parameters={'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 2.}))
     with pytest.raises(ConfigError) as e: from_llama(odd)
     assert all(w in str(e.value) for w in ('rope_type linear', 'attention_bias', 'head_dim 16'))
+
+
+@pytest.mark.parametrize('words', [['model.architecture=diffusion'], ['model.architecture=sdd'], ['model.architecture=sdd', 'model.sdd.process=swap']], ids=str)
+def test_the_seed_of_the_run_is_that_of_the_masks(words):
+    assert [build_model(load_config('tiny_test', [*words, f'run.seed={s}']), 300, device='meta')[1].seed for s in (1, 2)] == [1, 2]

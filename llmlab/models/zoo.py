@@ -48,7 +48,7 @@ def shape_of(
         num_kv_heads=model.num_kv_heads or (heads//group if heads % group == 0 else heads), d_ff=model.d_ff or _inner_width(model, size),
         **{k: getattr(model, k) for k in ('norm', 'qk_norm', 'mlp', 'position', 'rope_theta', 'token_mix', 'tie_embeddings', 'isolate_documents')})
 
-# %% ../../nbs/3_models/08_zoo.ipynb #cbcc432b
+# %% ../../nbs/3_models/08_zoo.ipynb #aee0db8f
 OBJECTIVES = {'ar': AR, 'diffusion': Diffusion, 'sdd': SDD}
 
 def make_objective(
@@ -60,7 +60,7 @@ def make_objective(
     "The objective of a config. Raises `ConfigError` where the tokenizer does not serve the family."
     if model.architecture == 'ar': return AR()
     if model.architecture == 'diffusion': return Diffusion(model.diffusion, special, seed)
-    if model.sdd.process == 'swap': return SwapSDD(model.sdd, special, rows_per_step)
+    if model.sdd.process == 'swap': return SwapSDD(model.sdd, special, rows_per_step, seed)
     return SDD(model.sdd, model.diffusion, special, seed, rows_per_step)
 
 def own_special(vocab_size:int)->dict[str, int]: # name -> id
