@@ -35,15 +35,16 @@ class Run(Section):
     deterministic: bool = Field(True, description='refuse kernels whose results change from run to run')
     threads: int | None = Field(None, ge=1, description='CPU threads for torch; null: as many as cores')
 
-# %% ../nbs/01_config.ipynb #98384b35
+# %% ../nbs/01_config.ipynb #4e38484e
 class Data(Section):
     "Which text to learn from."
-    name: Literal['python', 'stories', 'files', 'hub', 'file', 'tinystories', 'fineweb-edu', 'openwebtext'] = Field('python', description='a corpus; tinystories, fineweb-edu and openwebtext are known data sets of the hub')
-    path: str | None = Field(None, description='files: a file or folder of txt, md, jsonl, parquet; hub: owner/name of a dataset')
+    name: Literal['python', 'stories', 'files', 'hub', 'file', 'bins', 'tinystories', 'fineweb-edu', 'openwebtext'] = Field('python', description='a corpus; tinystories, fineweb-edu and openwebtext are known data sets of the hub; bins: tokens made elsewhere (train.bin, val.bin)')
+    path: str | None = Field(None, description='files: a file or folder of txt, md, jsonl, parquet; hub: owner/name of a dataset; bins: the folder of the .bin files')
     file: str | None = Field(None, description="file: the user's own Python file with a function documents()")
     text_column: str = Field('text', description='name of the column that holds the text (jsonl, parquet, hub)')
     subset: str | None = Field(None, description='hub: the configuration of the dataset')
     hub_split: str = Field('train', description='hub: the split of the dataset to read')
+    revision: str | None = Field(None, description='hub: the commit, tag or branch of the dataset; null: the newest')
     seed: int = Field(0, ge=0, description='stories: seed of the grammar')
     split: Literal['hash', 'tail'] = Field('hash', description='hash: each document goes to training or validation by the hash of its text; tail: the end of the text is the validation split')
     validation_fraction: float = Field(0.02, ge=0, lt=1, description='share of the text held out for validation')
@@ -58,14 +59,17 @@ class Tokenizer(Section):
     engine: Literal['auto', 'tiktoken', 'tokenizers'] = Field('auto', description='bpe: what encodes; auto: tiktoken where it is installed')
     train_megabytes: float = Field(30., gt=0, description='bpe: how much text to train the vocabulary on, MB')
 
-# %% ../nbs/01_config.ipynb #24df8ee9
+# %% ../nbs/01_config.ipynb #f3ecece9
 class Packing(Section):
     "How documents become rows on disk."
     seq_len: int = Field(256, ge=2, description='tokens that the model sees in a row')
-    strategy: Literal['best_fit', 'concat'] = Field('best_fit', description='best_fit: whole documents side by side, cut as little as possible; concat: one stream, cut every seq_len tokens')
+    strategy: Literal['best_fit', 'first_fit', 'concat'] = Field('best_fit', description='best_fit: whole documents side by side, cut as little as possible; first_fit: each where there is room first; concat: one stream, cut every seq_len tokens')
     chunk_rows: int = Field(8192, ge=1, description='rows that a chunk file aims at')
     folder: str = Field('cache', description='folder that holds the caches')
     codec: Literal['lz4', 'none'] = Field('lz4', description='compression of the chunk files')
+    workers: int | None = Field(None, ge=0, description='processes that tokenise and pack; 0: this one alone; null: one for each core where there is much text')
+    partial: bool = Field(False, description='train on the chunks that are there, while others are still being built; resuming takes what has come since')
+    full_corpus_rows: int | None = Field(None, ge=1, description='rows of the whole corpus, where a cache is only a part of it: the warm-up is a share of the steps that these would take; null: what is known of the corpus')
 
 # %% ../nbs/01_config.ipynb #f1173a43
 class Sampler(Section):
@@ -488,7 +492,7 @@ def _place(src:Source, key:str)->str:
     below = [p for k, p in src.places.items() if k.startswith(key+'.')]
     return below[0] if below else src.places.get(key.rpartition('.')[0], 'default')
 
-# %% ../nbs/01_config.ipynb #ab68af9c
+# %% ../nbs/01_config.ipynb #446f2f6e
 def sampler_contradictions(s:Sampler, family:str, block:int|None, token_mix:str)->Iterator[tuple[str, str]]:
     "Settings of a sampler that a family, its block or its network cannot serve: (key, what is wrong)."
     if block and s.block: yield 'block', f'has no use with model.diffusion.block {block}, which already is the block'
@@ -519,9 +523,9 @@ def contradictions(c:Config)->Iterator[tuple[str, str]]:
     "Settings that are right alone and wrong together: (key, what is wrong)."
     given = [k for k in ('max_steps', 'max_tokens', 'epochs') if getattr(c.trainer, k) is not None]
     if len(given) > 1: yield f'trainer.{given[-1]}', f'only one of max_steps, max_tokens and epochs may be given (got {" and ".join(given)})'
-    if c.data.name in ('files', 'hub') and not c.data.path: yield 'data.path', f'must be given, since data.name is {c.data.name}'
+    if c.data.name in ('files', 'hub', 'bins') and not c.data.path: yield 'data.path', f'must be given, since data.name is {c.data.name}'
     if c.data.name == 'file' and not c.data.file: yield 'data.file', 'must be given, since data.name is file'
-    if c.data.name not in ('files', 'hub') and c.data.path: yield 'data.path', f'has no use with data.name {c.data.name}; set data.name=files (or hub), or leave it out'
+    if c.data.name not in ('files', 'hub', 'bins') and c.data.path: yield 'data.path', f'has no use with data.name {c.data.name}; set data.name=files (or hub, or bins), or leave it out'
     if c.data.name != 'file' and c.data.file: yield 'data.file', f'has no use with data.name {c.data.name}; set data.name=file, or leave it out'
     if c.tokenizer.kind == 'hf' and not c.tokenizer.path: yield 'tokenizer.path', 'must be given, since tokenizer.kind is hf'
     if c.tokenizer.kind in ('byte', 'char') and c.tokenizer.path: yield 'tokenizer.path', f'has no use with tokenizer.kind {c.tokenizer.kind}; leave it out'

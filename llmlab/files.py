@@ -7,8 +7,8 @@ __all__ = ['LlmlabError', 'ConfigError', 'DataError', 'CacheError', 'CheckpointE
            'write_whole', 'write_json', 'read_json', 'whole_folder', 'sweep', 'append_json', 'read_jsonl', 'hash_bytes',
            'hash_json', 'hash_file']
 
-# %% ../nbs/00_files.ipynb #e6cc9e35
-import contextlib, errno, json, os, shutil
+# %% ../nbs/00_files.ipynb #9b7ba4b4
+import contextlib, errno, json, os, re, shutil, socket, time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,13 @@ def disk_errors(
     except OSError as e:
         raise error(f'cannot write {path}: {_advice.get(e.errno, e.strerror or e)}. What was complete before is untouched.') from e
 
-# %% ../nbs/00_files.ipynb #4b564f00
+# %% ../nbs/00_files.ipynb #e34e1c1b
+def _mine()->str:
+    "Process and machine, for the name of a temporary file."
+    return f'{os.getpid()}-{_machine()}'
+
+def _machine()->str: return xxhash.xxh32_hexdigest(socket.gethostname().encode())
+
 def sync_folder(folder:str|Path)->None:
     "Flush a folder's list of names to the disk, so that a rename in it survives a power cut."
     fd = os.open(folder, os.O_RDONLY)
@@ -57,7 +63,7 @@ def whole_file(
 )->Iterator:
     "A binary file to write to, that becomes `path` only when the block ends without an error."
     path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    part = path.with_name(f'.{path.name}.{_mine()}.tmp')
     with disk_errors(path, error):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -89,7 +95,7 @@ def read_json(path:str|Path, error:type[LlmlabError]=LlmlabError)->Any:
     except FileNotFoundError as e: raise error(f'{path} does not exist.') from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise error(f'{path} is not readable as JSON ({e}).') from e
 
-# %% ../nbs/00_files.ipynb #896c4742
+# %% ../nbs/00_files.ipynb #346fbc04
 def _sync_tree(folder:Path)->None:
     for p in folder.rglob('*'):
         if p.is_file():
@@ -104,7 +110,7 @@ def whole_folder(
 )->Iterator[Path]: # a temporary folder to fill
     "A folder to fill, that becomes `path` only when the block ends without an error."
     path = Path(path)
-    part, old = (path.with_name(f'.{path.name}.{os.getpid()}.{s}') for s in ('tmp', 'old'))
+    part, old = (path.with_name(f'.{path.name}.{_mine()}.{s}') for s in ('tmp', 'old'))
     with disk_errors(path, error):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -118,23 +124,29 @@ def whole_folder(
             shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/00_files.ipynb #9c3a8a30
+# %% ../nbs/00_files.ipynb #d739f887
 def _alive(pid:int)->bool:
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except PermissionError: return True
     return True
 
+def _abandoned(path:Path, pid:str, machine:str|None)->bool:
+    "Whether nobody writes this temporary file any more."
+    if machine in (None, _machine()): return not _alive(int(pid))
+    try: return time.time()-path.stat().st_mtime > 24*3600
+    except FileNotFoundError: return False
+
 def sweep(folder:str|Path)->list[str]: # names of what was removed or put back
     "Clear away what killed writers left in `folder`."
     done = []
     for p in sorted(Path(folder).glob('.*.*')):
-        name, _, rest = p.name[1:].rpartition('.')
-        name, _, pid = name.rpartition('.')
-        if rest not in ('tmp', 'old') or not pid.isdigit() or _alive(int(pid)): continue
+        found = re.fullmatch(r'\.(.+)\.(\d+)(?:-([0-9a-f]{8}))?\.(tmp|old)', p.name)
+        if not found or not _abandoned(p, *found.group(2, 3)): continue
+        name, rest = found.group(1, 4)
         if rest == 'old' and not p.with_name(name).exists(): os.rename(p, p.with_name(name))
-        elif p.is_dir(): shutil.rmtree(p)
-        else: p.unlink()
+        elif p.is_dir(): shutil.rmtree(p, ignore_errors=True)
+        else: p.unlink(missing_ok=True) # another sweeper may be quicker
         done.append(p.name)
     return done
 
