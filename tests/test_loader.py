@@ -1,5 +1,5 @@
 "The order is a pure function of seed and position; nothing of how the work is divided can be seen in it."
-import gc, json, threading, time
+import gc, json, math, threading, time
 import numpy as np, pytest, torch
 from llmlab import config
 from llmlab.data.corpora import open_corpus
@@ -8,19 +8,25 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 from llmlab.files import CacheError, hash_json
 from llmlab.packing.cache import DamagedChunk, build_cache, digest
-from llmlab.packing.loader import Batch, Loader, Order, as_window, assemble, in_order, permutation
+from llmlab.packing.loader import Batch, Loader, as_window, assemble, in_order
+from llmlab.packing.order import Order, permutation
 from llmlab.packing.packer import pack
 
 class InMemory:
     "What the loader needs of a cache, with chunks of given numbers of documents."
     def __init__(self, documents_in_chunk, seq_len=7, seed=0, longest=20, strategy='best_fit'):
-        rng, self.seq_len, self.path = np.random.default_rng(seed), seq_len, 'memory'
+        rng = np.random.default_rng(seed)
         docs = lambda n: [rng.integers(1, 50, rng.integers(2, longest)).astype(np.uint16) for _ in range(n)]
-        self.packed = [pack(docs(n), seq_len+1, strategy) for n in documents_in_chunk]
+        self.hold([pack(docs(n), seq_len+1, strategy) for n in documents_in_chunk], seq_len)
+    def hold(self, packed, seq_len):
+        self.packed, self.seq_len, self.path = packed, seq_len, 'memory'
         self.offsets = np.cumsum([0, *(p.num_rows for p in self.packed)])
         self.num_rows, self.num_targets = int(self.offsets[-1]), sum(p.num_targets for p in self.packed)
         self.meta = dict(split='train', dataset_name='memory', params=dict(chunk_rows=10, dtype='uint16'))
-        self.fingerprint, self.decoded = hash_json([digest(p) for p in self.packed]), []
+        self.fingerprint, self.decoded = self.fingerprint_of(len(packed)), []
+        return self
+    def head(self, n): return InMemory.__new__(InMemory).hold(self.packed[:n], self.seq_len) # the cache when it had n chunks
+    def fingerprint_of(self, n): return hash_json([digest(p) for p in self.packed[:n]])
     def chunk(self, i, into=None):
         self.decoded.append(i)
         p = self.packed[i]
@@ -106,6 +112,91 @@ def test_order_covers_every_epoch_exactly(chunk_rows, window, seed, shuffle, dat
     assert rows(start, n) == stream[start:start+n]
     split = data.draw(st.integers(0, n))
     assert rows(start, split) + rows(start+split, n-split) == stream[start:start+n]
+
+# --- growth
+
+def rows_in(order, start, count):
+    "Row numbers of the cache."
+    offsets, out = np.cumsum([0, *order.chunk_rows]), []
+    for chunks, index in order.parts(start, count): out += np.concatenate([np.arange(offsets[c], offsets[c+1]) for c in chunks])[index].tolist()
+    return out
+
+@st.composite
+def histories(draw):
+    "Sizes of chunks, and a history of them; the first of them have rows."
+    sizes = draw(st.lists(st.integers(0, 8), min_size=1, max_size=9))
+    sizes[0] += 1
+    counts = sorted(draw(st.lists(st.integers(1, len(sizes)), min_size=1, max_size=5, unique=True)))
+    rows, history = np.cumsum([0, *sizes]), [[0, counts[0]]]
+    for n in counts[1:]:
+        position, ends = history[-1][0], end_of_epochs(rows, history, 99)
+        history.append([draw(st.one_of(st.integers(position+1, position+2*int(rows[n])), st.sampled_from([e for e in ends if e > position][:2]))), n])
+    return sizes[:counts[-1]], history
+
+def end_of_epochs(rows, history, epochs=8):
+    "Walks through the positions one epoch after the other."
+    ends, start, events, n = [], 0, history[1:], history[0][1]
+    for _ in range(epochs):
+        while events and events[0][0] <= start+rows[n]: n = events.pop(0)[1]
+        start += int(rows[n])
+        ends.append(start)
+    return ends
+
+@settings(max_examples=300, deadline=None)
+@given(histories(), st.integers(1, 7), st.integers(0, 9), st.booleans())
+def test_growth_covers_every_epoch_exactly(grown, window, seed, shuffle):
+    sizes, history = grown
+    rows = np.cumsum([0, *sizes])
+    order, ends = Order(sizes, seed, window, shuffle, history), end_of_epochs(rows, history)
+    stream, start, n = rows_in(order, 0, ends[-1]), 0, history[0][1]
+    for e, end in enumerate(ends): # exactly once, and of each row that is there
+        assert sorted(stream[start:end]) == list(range(end-start))
+        n = max(c for p, c in history if p <= end)
+        assert end-start == rows[n] and order.end_of(e+1) == end
+        start = end
+    for k in range(1, len(history)): # what was consumed before it grew is what it would have been
+        before = Order(sizes[:history[k-1][1]], seed, window, shuffle, history[:k])
+        assert stream[:history[k][0]] == rows_in(before, 0, ends[-1])[:history[k][0]]
+    for at in (0, ends[-1]//3, ends[-1]//2): # any stretch can be asked for at once
+        assert rows_in(Order(sizes, seed, window, shuffle, history), at, ends[-1]-at) == stream[at:]
+    for chunks, _ in order.parts(0, ends[-1]): assert len(chunks) <= order.window
+
+def test_growth_stays_what_it_is():
+    order = Order([30, 50, 40, 20, 60, 10, 70], 5, 2, True, [[0, 3], [100, 5], [170, 6], [900, 7]])
+    assert hash_json(rows_in(order, 0, 2000)) == 'fd4ea62276fa64ef4d4366800ef67662'
+    plain = Order([30, 50, 40], 5, 2)
+    assert hash_json(rows_in(plain, 0, 500)) == '8764752727abf6675548b1995614ee61' and rows_in(order, 0, 100) == rows_in(plain, 0, 100)
+
+def test_new_rows_are_mixed_with_the_old_rest():
+    order = Order([500]*12, 3, 4, True, [[0, 6], [1000, 12]])
+    rest = np.array(rows_in(order, 1000, 5000))
+    new = [(rest[i:i+1000] >= 3000).mean() for i in range(0, 5000, 1000)]
+    assert (rest >= 3000).mean() == .6 and min(new) > .2 and max(new) < 1 # whole chunks are drawn: 2 to 4 of 4 in a window
+    one = np.array(rows_in(Order([500]*12, 3, 12, True, [[0, 6], [1000, 12]]), 1000, 5000)) # one window: of all rows alike
+    assert all(abs((one[i:i+1000] >= 3000).mean()-.6) < .06 for i in range(0, 5000, 1000)) # 4 standard deviations
+
+def test_without_shuffling_new_rows_come_last():
+    order = Order([3, 4, 2, 5], 0, 1, False, [[0, 2], [5, 3], [9, 4]])
+    assert rows_in(order, 0, 28) == 2*list(range(14))
+
+def test_many_growths_cost_little():
+    n = 400
+    order = Order([50]*n, 1, 8, True, [[0, 4]]+[[i*20, 4+i] for i in range(1, n-4)])
+    began = time.process_time()
+    assert sorted(rows_in(order, 0, 50*(n-1))) == list(range(50*(n-1))) and time.process_time()-began < 20
+    assert Order([5, 5], 1, 2, True, [[0, 1], [3, 2]]).at(10**15)[1] <= 10**15
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 10**9), st.sampled_from([.1, .25, .5, 1, 1.5, 2, 3, 10.]), st.sampled_from([.1, .33, .5, .8, 1.]), st.sampled_from([1, 8, 48, 512]))
+def test_end_of_epochs_without_growth_is_what_it_was(rows, epochs, fraction, rows_per_step):
+    from llmlab.config import Trainer
+    from llmlab.trainer.optim import total_steps
+    want = total_steps(Trainer(batch_size=rows_per_step, epochs=epochs, epoch_dataset_fraction=fraction), rows, 1)
+    assert abs(math.ceil(Order([rows], 0, 1).end_of(epochs, fraction)/rows_per_step) - want) <= (0 if epochs*2 % 1 == 0 else 1) # 0.1 is no binary number
+
+def test_fractions_of_a_cache_that_grew():
+    order = Order([100, 60], 0, 1, True, [[0, 1], [130, 2]]) # epoch 1 has 160 rows, from 100 to 260
+    assert [order.end_of(e, .5) for e in (1, 2, 3, 4, 5)] == [50, 100, 180, 260, 340]
 
 # --- the loader
 
@@ -217,12 +308,99 @@ def test_from_disk(tmp_path, workers):
     assert seen == rows_of(Loader(cache, 1, seed=1, workers=0, window=3), len(seen))
     loader.close()
 
+# --- a cache that grows
+
+def go_on(cache, state, batch_rows, world=1, shuffle=True, workers=0, seed=4):
+    "A new process of each rank."
+    ranks = [Loader(cache, batch_rows, seed=seed, rank=r, world=world, workers=workers, shuffle=shuffle, window=3) for r in range(world)]
+    for rank in ranks: rank.load_state_dict(json.loads(json.dumps(state))) if state else None
+    return ranks
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=2, max_size=7), st.booleans(), st.data())
+def test_train_kill_grow_resume(documents, shuffle, data):
+    "Sittings with other ranks and rows, on a cache that may have grown in between: every row of an epoch is given out exactly once, and the order is that of a loader that never stopped."
+    whole = InMemory(documents)
+    n, state, stream, grown = data.draw(st.integers(1, len(documents))), None, [], []
+    for _ in range(data.draw(st.integers(1, 6))):
+        cache, world = whole.head(n), data.draw(st.integers(1, 3))
+        ranks = go_on(cache, state, data.draw(st.integers(1, 4)), world, shuffle)
+        if state and n > state['cache']['total_chunks']:
+            grown.append(n)
+            assert all(r.grown == (state['cache']['total_sequences'], cache.num_rows) for r in ranks)
+        else: assert all(r.grown is None for r in ranks)
+        for _ in range(data.draw(st.integers(0, 9))): stream += [row for rank in ranks for row in rows_of(rank, 1)]
+        assert all(r.state_dict() == ranks[0].state_dict() for r in ranks) and ranks[0].position == len(stream)
+        state, n = ranks[0].state_dict(), data.draw(st.integers(n, len(documents)))
+    last = ranks[0]
+    assert stream == rows_in(Order(np.diff(whole.offsets), 4, 3, shuffle, state['history']), 0, len(stream))
+    stream += rows_of(last, -(-(last.end_of(20)-len(stream))//last.batch_rows)) if last.world == 1 else []
+    start = 0
+    for e in range(1, 20):
+        end = last.end_of(e)
+        if end > len(stream): break
+        assert sorted(stream[start:end]) == list(range(end-start))
+        start = end
+
+@pytest.mark.parametrize('world', [1, 2, 4])
+@pytest.mark.parametrize('workers', [0, 1, 2])
+def test_nothing_is_delivered_twice(world, workers):
+    "Three sittings within one epoch, the cache larger in each; every rank in its own loader, with its own threads."
+    whole, state, seen = InMemory([60, 50, 70, 40, 30, 80]), None, []
+    for chunks, batches in ((2, 4), (4, 5), (6, None)):
+        cache = whole.head(chunks)
+        ranks = go_on(cache, state, 2, world, workers=workers)
+        end = len(seen)+batches*2*world if batches else ranks[0].end_of(1)
+        while len(seen) < end: seen += [row for rank in ranks for row in rows_of(rank, 1)]
+        state = ranks[-1].state_dict()
+        for rank in ranks: rank.close()
+    assert np.bincount(seen[:end]).tolist() == [1]*whole.num_rows and end == whole.num_rows
+
+def test_state_of_a_cache_that_grew():
+    whole = InMemory([9, 8, 7, 6])
+    first = Loader(whole.head(1), 2, seed=1, workers=0)
+    rows_of(first, 3)
+    state = first.state_dict()
+    assert state['history'] == [[0, 1]] and first.end_of(1) == first.rows_per_epoch == whole.offsets[1]
+    old = {k: v for k, v in state.items() if k != 'history'} # a checkpoint of before there was growth
+    for s in (state, old):
+        second = Loader(whole.head(2), 2, seed=1, workers=0)
+        second.load_state_dict(s)
+        assert second.state_dict()['history'] == [[0, 1], [6, 2]] and second.grown == (whole.offsets[1], whole.offsets[2]) and second.end_of(1) == whole.offsets[2]
+    third = Loader(whole, 2, seed=1, workers=0) # grown again before a row was taken: one growth
+    third.load_state_dict(second.state_dict())
+    assert third.state_dict()['history'] == [[0, 1], [6, 4]] and third.grown == (whole.offsets[2], whole.offsets[4])
+    third.load_state_dict(third.state_dict())
+    assert third.grown is None
+    fresh = Loader(whole, 2, seed=1, workers=0) # grown before anything was taken: as if it had always been there
+    fresh.load_state_dict(Loader(whole.head(2), 2, seed=1).state_dict())
+    assert fresh.state_dict() == Loader(whole, 2, seed=1).state_dict() and fresh.grown
+
+def test_a_run_that_ended_with_its_data_goes_on():
+    whole = InMemory([9, 8, 7])
+    loader = Loader(whole.head(2), 1, seed=1, workers=0)
+    seen = rows_of(loader, loader.end_of(1))
+    more = Loader(whole, 1, seed=1, workers=0)
+    more.load_state_dict(loader.state_dict())
+    assert sorted(rows_of(more, more.end_of(1)-len(seen))) == list(range(whole.offsets[2], whole.offsets[3]))
+
+def test_a_loader_uses_only_the_chunks_of_its_history():
+    whole = InMemory([9, 8, 7])
+    cache = whole.head(2)
+    loader = Loader(cache, 1, seed=1, workers=0)
+    cache.hold(whole.packed, whole.seq_len) # it grew, and nobody told the loader
+    rows = rows_of(loader, 3*loader.rows_per_epoch)
+    assert max(rows) < whole.offsets[2] and loader.state_dict()['cache'] == whole.head(2).info() and loader.state_dict()['history'] == [[0, 2]]
+
 # --- refusals, threads
 
 def test_refusals():
     cache = InMemory([4, 4])
     state = Loader(cache, 2, seed=1, workers=0).state_dict()
-    for other, field in ((InMemory([4, 4], seq_len=8), 'sequence_length'), (InMemory([4]), 'total_chunks'), (InMemory([4, 4], seed=9), 'total_sequences|fingerprint')):
+    class Other(InMemory):
+        def info(self): return super().info() | dict(tokenizer='u')
+    for other, field in ((InMemory([4, 4], seq_len=8), 'sequence_length is 8, it was 7'), (Other([4, 4]), "tokenizer is 'u', it was 't'"), (cache.head(1), r'shrank from \d+ to \d+ sequences'),
+                         (InMemory([4, 4], seed=9), 'content of its first 2 chunks'), (InMemory([4, 5, 6], seed=9), 'content of its first 2 chunks')):
         with pytest.raises(CacheError, match=field): Loader(other, 2, seed=1).load_state_dict(state)
     with pytest.raises(CacheError, match='run.seed=1'): Loader(cache, 2, seed=2).load_state_dict(state)
     with pytest.raises(CacheError, match='has no rows'): Loader(InMemory([0]), 2, seed=2)
