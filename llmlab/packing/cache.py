@@ -525,7 +525,7 @@ def _run(b:_Builder, numbers:Iterable[int])->None:
         b.commit()
     b.report()
 
-# %% ../../nbs/2_packing/01_cache.ipynb #4783d530
+# %% ../../nbs/2_packing/01_cache.ipynb #11dfb954
 def _existing(folder:Path, wanted:dict, split:str)->dict|None:
     "The metadata in `folder`, if it is of the wanted cache. Raises `CacheError` if it is of another one."
     if not (folder/METADATA).exists(): return None
@@ -559,6 +559,7 @@ def _opened(corpus:Corpus, tokenizer:Tokenizer, packing:Packing, folders:dict[st
         b.commit()
         if not b.claims.works: tell({'status': 'unlocked'})
         yield b
+        for folder in folders.values(): sweep(folder) # of builders that were killed meanwhile
 
 # %% ../../nbs/2_packing/01_cache.ipynb #40833340
 SPLITS = ('train', 'validation')
