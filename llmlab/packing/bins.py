@@ -6,7 +6,7 @@
 __all__ = ['BINS', 'FORMAT', 'DTYPES', 'find_bins', 'Layout', 'read_layout', 'bins_tokenizer', 'DamagedBins', 'read_slice',
            'count_tokens', 'closings', 'lay_rows', 'survey', 'Bins', 'open_bins', 'unpack', 'export_bins']
 
-# %% ../../nbs/2_packing/03_bins.ipynb #1c03cd66
+# %% ../../nbs/2_packing/03_bins.ipynb #6ad1c218
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..config import Tokenizer as TokenizerSettings
 from ..data.tokenizer import Tokenizer, build_tokenizer
 from ..files import CacheError, DataError, hash_bytes, read_json, sweep, whole_folder, write_json
 from .cache import Cache, Problem
+from .chunks import is_sealed, sealed
 from .packer import Packed, concat
 
 # %% ../../nbs/2_packing/03_bins.ipynb #8ee3d188
@@ -48,7 +49,7 @@ class Layout:
         "Whether `export_bins` wrote it."
         return self.config.get('format') == FORMAT
 
-# %% ../../nbs/2_packing/03_bins.ipynb #103fc4e6
+# %% ../../nbs/2_packing/03_bins.ipynb #8db843bb
 def read_layout(
     folder:str|Path,     # where the files are
     tokenizer:Tokenizer, # that they were made with
@@ -62,6 +63,7 @@ def read_layout(
     if type(size) is not int or size < 1: raise CacheError(f'{path}: vocab_size is {size!r}; it must be a whole number above 0.')
     if eos_id is not None and (type(eos_id) is not int or not 0 <= eos_id < size): raise CacheError(f'{path}: eos_id is {eos_id!r}; it must be an id of the vocabulary of {size:,}, or null.')
     ours = found.get('format') == FORMAT
+    if ours and not is_sealed(found): raise CacheError(f'{path} was changed after it was written. Copy or export these files again; or take the line "format" out of it, to describe them yourself.')
     if ours and found.get('tokenizer') != tokenizer.fingerprint: raise CacheError(f'{folder} was written with another tokenizer, fingerprint {found.get("tokenizer")}; '
         f'this one is {tokenizer.kind}-{tokenizer.vocab_size}, {tokenizer.fingerprint}. The tokenizer of these files is {path.with_name("tokenizer.json")}.')
     return Layout(dtype, min(size, tokenizer.vocab_size), eos_id, ours and found.get('bos_id') == eos_id, 'uint16' if tokenizer.vocab_size <= 1<<16 else 'uint32', found)
@@ -211,7 +213,7 @@ class Bins(Cache):
             except DamagedBins as e: problems.append(Problem(self.file.name, e.what))
         return problems
 
-# %% ../../nbs/2_packing/03_bins.ipynb #3fb786aa
+# %% ../../nbs/2_packing/03_bins.ipynb #bbcf7259
 def open_bins(
     path:str|Path,        # the folder of the files
     split:str,            # train or validation
@@ -226,7 +228,7 @@ def open_bins(
     if file is None: raise CacheError(f'{path} has no {" or ".join(BINS[split])}. Set data.path to the folder that has.')
     layout = read_layout(path, tokenizer)
     there = count_tokens(file, layout, partial)
-    said = layout.config['tokens'].get(split) if layout.ours else there
+    said = layout.config['tokens'].get(split, 0) if layout.ours else there
     if said != there: raise DamagedBins(file, f'holds {there:,} tokens, where {said:,} were written', 'Copy it again, or export it again.')
     tokens = (there-1)//(chunk_rows*seq_len)*chunk_rows*seq_len+1 if partial else there
     if tokens < 2: raise DamagedBins(file, f'holds {there:,} tokens', f'The first chunk takes {chunk_rows*seq_len+1:,}: wait for them, or set packing.chunk_rows lower.' if partial else 'There is nothing to learn from fewer than 2.')
@@ -274,7 +276,7 @@ def _check_export(caches:dict[str,Cache], folder:Path, tokenizer:Tokenizer)->Non
     if not folder.is_dir() or any(p.name not in known for p in folder.iterdir()) or any(folder.iterdir()) and read_json(folder/'config.json', CacheError).get('format') != FORMAT:
         raise CacheError(f'{folder} holds something else than an earlier export. Choose a new or an empty folder.')
 
-# %% ../../nbs/2_packing/03_bins.ipynb #55cbbb26
+# %% ../../nbs/2_packing/03_bins.ipynb #455796a1
 def export_bins(
     caches:dict[str,Cache], # train and validation; one without rows is left out
     folder:str|Path,        # where the files should be; an earlier export there is replaced
@@ -289,7 +291,7 @@ def export_bins(
         tokens = {split: _write_tokens(c, part/BINS[split][0]) for split, c in caches.items()}
         tokenizer.save(part)
         meta = next(iter(caches.values())).meta
-        write_json(part/'config.json', dict(format=FORMAT, dtype=meta['params']['dtype'], vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokens=tokens,
+        write_json(part/'config.json', sealed(dict(format=FORMAT, dtype=meta['params']['dtype'], vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, tokens=tokens,
             documents={split: c.num_documents for split, c in caches.items()}, complete=all(c.complete for c in caches.values()), dataset_name=meta['dataset_name'], dataset_license=meta['dataset_license'],
-            corpus=meta['fingerprint']['corpus'], tokenizer=tokenizer.fingerprint, caches={split: c.fingerprint for split, c in caches.items()}))
+            corpus=meta['fingerprint']['corpus'], tokenizer=tokenizer.fingerprint, caches={split: c.fingerprint for split, c in caches.items()})))
     return folder
