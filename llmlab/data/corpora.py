@@ -6,8 +6,8 @@
 __all__ = ['GRAMMAR', 'HUB', 'Document', 'hash_share', 'tail_cut', 'Corpus', 'Story', 'story', 'story_entropy', 'docstrings',
            'decode_text', 'checked_text', 'list_files', 'HubDataset', 'open_corpus']
 
-# %% ../../nbs/1_data/00_corpora.ipynb #99147922
-import ast, difflib, functools, importlib.util, itertools, json, math, os, re, sys, sysconfig, traceback, warnings
+# %% ../../nbs/1_data/00_corpora.ipynb #41c9aeb2
+import ast, difflib, functools, gzip, importlib.util, itertools, json, math, os, re, sys, sysconfig, traceback, warnings, zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 import xxhash
 from ..config import Data
+from .hub import Listing, fetch, find_here, list_hub, list_local, parquet_rows, read_in_turn, say_here
 from ..files import DataError, hash_file, hash_json
 
 # %% ../../nbs/1_data/00_corpora.ipynb #31d0f004
@@ -273,18 +274,23 @@ def checked_text(
     except UnicodeEncodeError as e: raise DataError(f'{place}: half a character (a lone surrogate, {value[e.start]!a}) at position {e.start} of the text. Repair the file, or leave the document out.') from e
     return value
 
-# %% ../../nbs/1_data/00_corpora.ipynb #706632fa
+# %% ../../nbs/1_data/00_corpora.ipynb #4e39e48e
 def _read_whole(path:Path, column:str, start:int)->Iterator[str]:
     "txt, md: the file is the document."
     if not start: yield decode_text(path.read_bytes(), str(path)).removeprefix('\ufeff')
 
+def _lines(path:Path)->Iterator[bytes]:
+    "The lines of a file, unpacked where it is gzipped."
+    with (gzip.open if path.suffix.lower() == '.gz' else open)(path, 'rb') as f:
+        try: yield from f
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise DataError(f'{path}: not a gzip file, or cut short ({e}). Copy or download it again.') from e
+
 def _read_lines(path:Path, column:str, start:int)->Iterator[str]:
     "jsonl: a JSON object on each line that is not blank."
-    number, offset, row = 0, 0, 0
-    with open(path, 'rb') as f:
-        for number, raw in enumerate(f, 1):
-            if raw.strip() and (row := row+1) > start: yield _from_line(raw, path, column, number, offset)
-            offset += len(raw)
+    offset, row = 0, 0
+    for number, raw in enumerate(_lines(path), 1):
+        if raw.strip() and (row := row+1) > start: yield _from_line(raw, path, column, number, offset)
+        offset += len(raw)
 
 def _from_line(raw:bytes, path:Path, column:str, number:int, offset:int)->str:
     place = f'{path}, line {number}'
@@ -298,7 +304,7 @@ def _from_line(raw:bytes, path:Path, column:str, number:int, offset:int)->str:
 def _no_column(place:str, column:str, columns:Iterable[str])->str:
     return f'{place}: no column {column!r}. The columns are {", ".join(map(str, columns)) or "none"}; choose one with data.text_column.'
 
-# %% ../../nbs/1_data/00_corpora.ipynb #173ae9d6
+# %% ../../nbs/1_data/00_corpora.ipynb #5693199d
 def _parquet(path:Path):
     import pyarrow, pyarrow.parquet
     try: return pyarrow.parquet.ParquetFile(path)
@@ -318,18 +324,21 @@ def _read_rows(path:Path, column:str, start:int)->Iterator[str]:
                 first += len(batch)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e: raise DataError(f'{path}, after row {first}: cannot be read ({str(e).splitlines()[0]}). Copy or download the file again.') from e
 
-def _count_lines(path:Path)->int:
-    with open(path, 'rb') as f: return sum(1 for line in f if line.strip())
+def _count_lines(path:Path)->int: return sum(1 for line in _lines(path) if line.strip())
 
 def _count_rows(path:Path)->int:
     with _parquet(path) as file: return file.metadata.num_rows
 
-_formats:dict[str, tuple[Callable, Callable]] = { # suffix -> reader, counter
+_formats:dict[str, tuple[Callable, Callable]] = { # ending -> reader, counter
     '.txt': (_read_whole, lambda path: 1), '.md': (_read_whole, lambda path: 1),
-    '.jsonl': (_read_lines, _count_lines), '.parquet': (_read_rows, _count_rows),
+    '.jsonl': (_read_lines, _count_lines), '.jsonl.gz': (_read_lines, _count_lines), '.parquet': (_read_rows, _count_rows),
 }
 
-# %% ../../nbs/1_data/00_corpora.ipynb #30e6bc1c
+def _ending(path:Path)->str:
+    "What a file is, by its name."
+    return ''.join(path.suffixes[-2:] if path.suffix.lower() == '.gz' else path.suffixes[-1:]).lower()
+
+# %% ../../nbs/1_data/00_corpora.ipynb #1cc27f8d
 def list_files(
     path:Path, # a file or a folder
 )->list[Path]: # sorted by their names within the folder
@@ -337,11 +346,11 @@ def list_files(
     kinds = ', '.join(_formats)
     if not path.exists(): raise DataError(f'{path} does not exist{_beside(path)}. Set data.path to a file or folder of {kinds}.')
     if path.is_file():
-        if path.suffix.lower() not in _formats: raise DataError(f'{path}: llmlab reads {kinds}, not {path.suffix or "files without an ending"}. Rename a text file to .txt, or read it with your own data.file.')
+        if _ending(path) not in _formats: raise DataError(f'{path}: llmlab reads {kinds}, not {path.suffix or "files without an ending"}. Rename a text file to .txt, or read it with your own data.file.')
         return [path]
     hidden = lambda p: any(part.startswith('.') for part in p.relative_to(path).parts)
     every = sorted((p for p in path.rglob('*') if p.is_file() and not hidden(p)), key=lambda p: p.relative_to(path).as_posix())
-    files = [p for p in every if p.suffix.lower() in _formats]
+    files = [p for p in every if _ending(p) in _formats]
     if not files: raise DataError(f'{path} has no {kinds} files' + (f', only {", ".join(sorted({p.suffix or p.name for p in every})[:8])}' if every else ': it is empty') + '. Set data.path to another folder.')
     return files
 
@@ -350,7 +359,7 @@ def _beside(path:Path)->str:
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], 1)
     return f'; {near[0]!r} is in the same folder' if near else '' if path.parent.is_dir() else f', nor does the folder {path.parent}'
 
-# %% ../../nbs/1_data/00_corpora.ipynb #8a4a02df
+# %% ../../nbs/1_data/00_corpora.ipynb #3086d8b2
 def _resolve(path:str|None, base:Path|None, key:str)->Path:
     "The path of a setting; relative to `base`, or to the current folder."
     if not path: raise DataError(f'{key} is not set. Say where the text is: {key}=...')
@@ -365,11 +374,11 @@ def _open_files(data:Data, base:Path|None)->Corpus:
     files = list_files(path)
     def texts(start:int)->Iterator[tuple[str, str]]:
         for file in files:
-            read, count = _formats[file.suffix.lower()]
+            read, count = _formats[_ending(file)]
             if start and (n := count(file)) <= start: start -= n; continue
             for text in _readable(file, read(file, data.text_column, start)): yield text, text
             start = 0
-    def identity()->object: return ['files', [[f.suffix.lower(), hash_file(f)] for f in files], data.text_column]
+    def identity()->object: return ['files', [[_ending(f), hash_file(f)] for f in files], data.text_column]
     def size()->int|None: return None if data.max_documents else sum(f.stat().st_size for f in files)
     return Corpus(path.resolve().stem, 'not stated: your own text', texts, identity, size)
 
@@ -413,54 +422,90 @@ def _open_file(data:Data, base:Path|None)->Corpus:
     def identity()->object: return ['file', hash_file(path), hash_json([t for t, _ in itertools.islice(texts(0), 100)])]
     return Corpus(path.stem, 'not stated: your own text', texts, identity, lambda: None)
 
-# %% ../../nbs/1_data/00_corpora.ipynb #ef8b61b6
+# %% ../../nbs/1_data/00_corpora.ipynb #257e75de
 class HubDataset(NamedTuple):
     "Where a dataset of the hub has its text."
-    path:str        # owner/name
-    subset:str|None # configuration
+    path:str             # owner/name
+    subset:str|None      # configuration
     text_column:str
     licence:str
+    size:int|None = None # bytes of text in the split train, where the dataset's card says it
 
 HUB:dict[str, HubDataset] = {
     'tinystories': HubDataset('roneneldan/TinyStories', None, 'text', 'CDLA-Sharing-1.0'),                # 2.1 M short stories in the words of a small child (Eldan & Li 2023)
     'fineweb-edu': HubDataset('HuggingFaceFW/fineweb-edu', 'sample-10BT', 'text', 'ODC-By-1.0'),          # educational web pages (Penedo et al. 2024); subset: default is all of it
-    'openwebtext': HubDataset('Skylion007/openwebtext', None, 'text', 'CC0-1.0 (the packaging; pages keep their authors)'), # the pages that GPT-2 learned from, collected again
+    'openwebtext': HubDataset('Skylion007/openwebtext', None, 'text', 'CC0-1.0 (the packaging; pages keep their authors)', 39_769_491_688), # the pages that GPT-2 learned from, collected again: 8,013,769 of them
 }
 
 def _hub_dataset(data:Data, base:Path|None)->HubDataset:
-    "What to stream: a known name with the settings on top, or the settings alone."
+    "What to read: a known name with the settings on top, or the settings alone."
     if data.name in HUB:
         known, given = HUB[data.name], data.model_fields_set
-        return known._replace(subset=data.subset or known.subset, text_column=data.text_column if 'text_column' in given else known.text_column)
+        whole = data.hub_split == 'train' and data.subset in (None, known.subset)
+        return known._replace(subset=data.subset or known.subset, text_column=data.text_column if 'text_column' in given else known.text_column, size=known.size if whole else None)
     local = _resolve(data.path, base, 'data.path')
+    if not local.exists() and not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', data.path): raise DataError(f'{data.path} is no folder here{_beside(local)}, and no name of a dataset. Set data.path to a folder or to owner/name.')
     return HubDataset(str(local.resolve()) if local.exists() else data.path, data.subset, data.text_column, 'see its dataset card')
 
-# %% ../../nbs/1_data/00_corpora.ipynb #d85dac71
-def _hub_advice(of:HubDataset, e:BaseException)->DataError:
-    return DataError(f'cannot read the dataset {of.path} ({type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ""}). Check its name, data.subset and data.hub_split, and that this machine reaches the hub. '
-        f'Without a network: fetch it elsewhere (hf download {of.path} --repo-type dataset --local-dir FOLDER), then data.name=files data.path=FOLDER; or take data.name=python or stories.')
+# %% ../../nbs/1_data/00_corpora.ipynb #0296a5f2
+_ours = {'.parquet', '.jsonl', '.jsonl.gz'}
 
-def _hub_texts(of:HubDataset, split:str, start:int)->Iterator[str]:
-    "Texts of a streamed dataset from row `start` on. Each way of failing is a DataError."
-    import datasets
-    expected = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
-    try: rows = iter(datasets.load_dataset(of.path, of.subset, split=split, streaming=True).skip(start))
-    except expected as e: raise _hub_advice(of, e) from e
+def _hub_rows(of:Listing, path:Path, column:str, start:int)->Iterator[str]:
+    "The texts of one file of a dataset from row `start` on."
+    read = _formats[_ending(path)][0] if _ending(path) in _ours else functools.partial(_other_rows, of)
+    return _readable(path, read(path, column, start))
+
+def _other_rows(of:Listing, path:Path, column:str, start:int)->Iterator[str]:
+    "The texts of a file in any format that `datasets` knows."
+    import datasets, pyarrow
+    expected = (OSError, ValueError, RuntimeError, ImportError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
+    def damaged(e:Exception)->DataError: return DataError(f'{path} cannot be read as {of.kind} ({type(e).__name__}: {(str(e).strip() or "?").splitlines()[0]}).')
+    try: rows = iter(datasets.load_dataset(of.kind, data_files=str(path), split='train', streaming=True, **of.options).skip(start))
+    except expected as e: raise damaged(e) from e
     for n in itertools.count(start):
         try: row = next(rows)
         except StopIteration: return
-        except expected as e: raise _hub_advice(of, e) from e
-        if of.text_column not in row: raise DataError(_no_column(f'dataset {of.path}', of.text_column, row))
-        yield checked_text(row[of.text_column], f'dataset {of.path}, row {n}')
+        except expected as e: raise damaged(e) from e
+        if column not in row: raise DataError(_no_column(str(path), column, row))
+        yield checked_text(row[column], f'{path}, row {n}')
 
-def _open_hub(data:Data, base:Path|None)->Corpus:
+# %% ../../nbs/1_data/00_corpora.ipynb #d08b8b52
+def _count_file(of:Listing, index:int, column:str, say:Callable[[str], None])->int:
+    "Rows of a file of a dataset."
+    if (path := find_here(of, index)) is None and of.kind == 'parquet' and not _offline(): return parquet_rows(of, index, say)
+    path = path or fetch(of, index, say)
+    return _formats[_ending(path)][1](path) if _ending(path) in _ours else sum(1 for _ in _hub_rows(of, path, column, 0))
+
+def _offline()->bool:
+    from huggingface_hub import constants
+    return constants.is_offline_mode()
+
+def _find_row(of:Listing, start:int, column:str, say:Callable[[str], None])->tuple[int, int]:
+    "The file that has document `start`, and its row there."
+    counted, index = {}, 0
+    while start and index < len(of.files):
+        oid = of.files[index].oid
+        rows = of.rows[oid] if oid in of.rows else counted.setdefault(oid, _count_file(of, index, column, say))
+        if start < rows: break
+        start, index = start-rows, index+1
+    of.learn(counted)
+    return index, start
+
+# %% ../../nbs/1_data/00_corpora.ipynb #5db76fbb
+def _open_hub(data:Data, base:Path|None, say:Callable[[str], None]=say_here)->Corpus:
     of = _hub_dataset(data, base)
-    if data.split == 'tail': raise DataError(f'data.split=tail needs to know the end of the text, and {of.path} is a stream. Take data.split=hash.')
+    if data.split == 'tail': raise DataError(f'data.split=tail needs to know the end of the text, and {of.path} has many files. Take data.split=hash.')
+    local = Path(of.path).is_absolute()
+    listing = functools.cache(lambda: list_local(Path(of.path), of.subset, data.hub_split) if local else list_hub(of.path, of.subset, data.hub_split, data.revision, say))
+    def texts(start:int)->Iterator[tuple[str, str]]:
+        files = listing()
+        first, row = _find_row(files, start, of.text_column, say)
+        for text in read_in_turn(files, first, row, lambda path, row: _hub_rows(files, path, of.text_column, row), lambda i, stopped: fetch(files, i, say, stopped=stopped)): yield text, text
+    def identity()->object: return ['hub', listing().kind, listing().options, [f.oid for f in listing().files], of.text_column]
     name = data.name if data.name in HUB else Path(of.path).name
-    return Corpus(name, of.licence, lambda start: ((t, t) for t in _hub_texts(of, data.hub_split, start)),
-        lambda: ['hub', of.path if of.path == data.path or data.name in HUB else Path(of.path).name, of.subset, data.hub_split, of.text_column], lambda: None)
+    return Corpus(name, of.licence, texts, identity, lambda: None if data.max_documents else of.size)
 
-# %% ../../nbs/1_data/00_corpora.ipynb #c3ba6609
+# %% ../../nbs/1_data/00_corpora.ipynb #e6af28ba
 _kinds:dict[str, Callable[[Data, Path|None], Corpus]] = {
     'python': _open_python, 'stories': _open_stories, 'files': _open_files, 'file': _open_file, 'hub': _open_hub, **{name: _open_hub for name in HUB},
 }
@@ -468,8 +513,10 @@ _kinds:dict[str, Callable[[Data, Path|None], Corpus]] = {
 def open_corpus(
     data:Data,            # the section `data` of a config
     base:Path|None=None,  # folder that relative paths start from; None: the current one
+    say:Callable[[str], None]=say_here, # told when the hub has to be waited for
 )->Corpus:
     "The corpus that the settings name. Raises DataError here for what is missing, and while reading, with file and line, for what is damaged."
-    corpus = _kinds[data.name](data, base)
+    if data.name == 'bins': raise DataError('data.name=bins holds tokens, and no text to read.')
+    corpus = _kinds[data.name](data, base, **(dict(say=say) if data.name in ('hub', *HUB) else {}))
     corpus.split, corpus.validation_fraction, corpus.max_documents = data.split, data.validation_fraction, data.max_documents
     return corpus
