@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BINS', 'FORMAT', 'DTYPES', 'find_bins', 'Layout', 'read_layout', 'bins_tokenizer', 'DamagedBins', 'read_slice',
-           'count_tokens', 'closings', 'lay_rows', 'survey', 'Bins', 'open_bins', 'unpack', 'export_bins']
+           'count_tokens', 'borders', 'lay_rows', 'survey', 'Bins', 'open_bins', 'unpack', 'export_bins']
 
-# %% ../../nbs/2_packing/03_bins.ipynb #6ad1c218
+# %% ../../nbs/2_packing/03_bins.ipynb #5c9b1d40
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from ..config import Tokenizer as TokenizerSettings
@@ -49,7 +49,7 @@ class Layout:
         "Whether `export_bins` wrote it."
         return self.config.get('format') == FORMAT
 
-# %% ../../nbs/2_packing/03_bins.ipynb #8db843bb
+# %% ../../nbs/2_packing/03_bins.ipynb #4950647e
 def read_layout(
     folder:str|Path,     # where the files are
     tokenizer:Tokenizer, # that they were made with
@@ -63,12 +63,13 @@ def read_layout(
     if type(size) is not int or size < 1: raise CacheError(f'{path}: vocab_size is {size!r}; it must be a whole number above 0.')
     if eos_id is not None and (type(eos_id) is not int or not 0 <= eos_id < size): raise CacheError(f'{path}: eos_id is {eos_id!r}; it must be an id of the vocabulary of {size:,}, or null.')
     ours = found.get('format') == FORMAT
-    if ours and not is_sealed(found): raise CacheError(f'{path} was changed after it was written. Copy or export these files again; or take the line "format" out of it, to describe them yourself.')
+    if ours and not is_sealed(found): raise CacheError(f'{path} was changed after it was written. Copy or export these files again; '
+        'or take the line "format" out of it, to describe them yourself.')
     if ours and found.get('tokenizer') != tokenizer.fingerprint: raise CacheError(f'{folder} was written with another tokenizer, fingerprint {found.get("tokenizer")}; '
         f'this one is {tokenizer.kind}-{tokenizer.vocab_size}, {tokenizer.fingerprint}. The tokenizer of these files is {path.with_name("tokenizer.json")}.')
     return Layout(dtype, min(size, tokenizer.vocab_size), eos_id, ours and found.get('bos_id') == eos_id, 'uint16' if tokenizer.vocab_size <= 1<<16 else 'uint32', found)
 
-# %% ../../nbs/2_packing/03_bins.ipynb #31b6c8fd
+# %% ../../nbs/2_packing/03_bins.ipynb #921fb53c
 def bins_tokenizer(
     folder:str|Path,        # where the files are
     tok:TokenizerSettings,  # the section tokenizer of a config: its path comes first
@@ -77,8 +78,8 @@ def bins_tokenizer(
     beside = Path(folder)/'tokenizer.json'
     if tok.path: return build_tokenizer(tok, None)
     if beside.is_file(): return build_tokenizer(tok.model_copy(update={'kind': 'hf', 'path': str(beside)}), None)
-    raise DataError(f'{folder} has no tokenizer.json, so its numbers cannot be turned into text. Put the tokenizer that they were made with there, or set tokenizer.kind and tokenizer.path. '
-        'For the GPT-2 files of nanoGPT: hf download gpt2 tokenizer.json tokenizer_config.json --local-dir FOLDER' + ('. (meta.pkl is not read: loading a pickle can run any code.)' if (Path(folder)/'meta.pkl').exists() else ''))
+    raise DataError(f'{folder} has no tokenizer.json, so its numbers cannot be turned into text. Put the tokenizer that they were made with there, '
+        'or set tokenizer.kind and tokenizer.path. For the GPT-2 files of nanoGPT: hf download gpt2 tokenizer.json tokenizer_config.json --local-dir FOLDER' + ('. (meta.pkl is not read: loading a pickle can run any code.)' if (Path(folder)/'meta.pkl').exists() else ''))
 
 # %% ../../nbs/2_packing/03_bins.ipynb #30504e76
 class DamagedBins(CacheError):
@@ -112,7 +113,7 @@ def read_slice(
             f'Was it made with another tokenizer, or does it hold another type than {layout.dtype}? A config.json beside it can say {{"dtype": "int32"}}.')
     return raw.astype(layout.memory, copy=False)
 
-# %% ../../nbs/2_packing/03_bins.ipynb #28969aba
+# %% ../../nbs/2_packing/03_bins.ipynb #ec35cb16
 def count_tokens(
     file:Path,          # of tokens
     layout:Layout,      # how they lie in it
@@ -122,22 +123,23 @@ def count_tokens(
     try: size = file.stat().st_size
     except FileNotFoundError: raise DamagedBins(file, 'is missing', _put_back) from None
     tokens, rest = divmod(size, np.dtype(layout.dtype).itemsize)
-    if rest and not partial: raise DamagedBins(file, f'has {size:,} bytes, which are {tokens:,} tokens of {layout.dtype} and {rest} bytes more', 'Is it cut short, or of another type? A config.json beside it can say {"dtype": "int32"}.')
-    if 'dtype' not in layout.config:
-        words = np.fromfile(file, '<u2', 4096)
-        if len(words) >= 64 and words[::2].any() and not words[1::2].any(): raise DamagedBins(file, 'has a 0 behind every number', 'It looks like 32-bit numbers. Say so in a config.json beside it: {"dtype": "int32"} (or {"dtype": "uint16"}, if it is right as it is).')
+    if rest and not partial: raise DamagedBins(file, f'has {size:,} bytes, which are {tokens:,} tokens of {layout.dtype} and {rest} bytes more',
+        'Is it cut short, or of another type? A config.json beside it can say {"dtype": "int32"}.')
+    if 'dtype' not in layout.config and tokens >= 64:
+        words = read_slice(file, replace(layout, vocab_size=1<<16), 0, min(tokens, 4096))
+        if words[::2].any() and not words[1::2].any(): raise DamagedBins(file, 'has a 0 behind every number',
+            'It looks like 32-bit numbers. Say so in a config.json beside it: {"dtype": "int32"} (or {"dtype": "uint16"}, if it is right as it is).')
     return tokens
 
-# %% ../../nbs/2_packing/03_bins.ipynb #a36f96c3
-def closings(
+# %% ../../nbs/2_packing/03_bins.ipynb #5160c0a7
+def borders(
     ids:np.ndarray, # [n] a slice
     layout:Layout,  # which token ends a document
-    seen:int=0,     # such tokens in the file before the slice
-)->np.ndarray: # [D] int64
-    "The places in a slice where a document ends."
-    if layout.eos_id is None: return np.empty(0, np.int64)
-    at = np.flatnonzero(ids == layout.eos_id)
-    return at[(seen+1)%2::2] if layout.paired else at
+    seen:int=0,     # end tokens in the file before the slice
+)->tuple[np.ndarray,int]: # [D] int64: the places in the slice where a document ends; end tokens up to the slice's last
+    "Where the documents of a slice end."
+    at = np.flatnonzero(ids == layout.eos_id) if layout.eos_id is not None else np.empty(0, np.int64)
+    return at[(seen+1)%2::2] if layout.paired else at, seen+len(at)
 
 # %% ../../nbs/2_packing/03_bins.ipynb #01e3af82
 def lay_rows(
@@ -158,7 +160,7 @@ def lay_rows(
     tokens[:] = np.lib.stride_tricks.sliding_window_view(stream, row_tokens)[::row_tokens-1]
     return Packed(tokens, np.searchsorted(row, np.arange(num_rows+1)).astype(np.int32), length.astype(np.int32), document.astype(np.int32), start, pad_id)
 
-# %% ../../nbs/2_packing/03_bins.ipynb #179e89ab
+# %% ../../nbs/2_packing/03_bins.ipynb #db0398ea
 def _digest(ids:np.ndarray, layout:Layout)->str:
     "The hash of a slice: its tokens, however they are stored, and what they mean."
     return 'xxh3-128:'+hash_bytes(f'{ids.dtype.name} {layout.eos_id} {layout.paired}', ids.view(np.uint8))
@@ -175,14 +177,13 @@ def survey(
     for chunk, start in enumerate(range(0, tokens-1, slice_tokens)):
         ids = read_slice(file, layout, start, min(slice_tokens+1, tokens-start))
         own = ids[:-1]                                      # the last token belongs to the next slice
-        ends, rows = closings(own, layout, seen), -(-len(own)//seq_len)
-        began = len(ends) + (chunk == 0)
-        yield dict(chunk=chunk, file=file.name, file_bytes=len(own)*np.dtype(layout.dtype).itemsize, digest=_digest(ids, layout), rows=rows, tokens=len(own)+rows,
-            targets=len(own)-len(ends), spans=rows+len(ends), text_bytes=0, first=start, stored=len(ids), before=start-begin, seen=seen, source=dict(start=document, stop=document+began, documents=began))
-        document, begin = document+began, start+int(ends[-1])+1 if len(ends) else begin
-        if layout.eos_id is not None: seen += int(np.count_nonzero(own == layout.eos_id))
+        (ends, after), rows = borders(own, layout, seen), -(-len(own)//seq_len)
+        stop = document + len(ends) + (chunk == 0)          # documents that have begun
+        yield dict(chunk=chunk, source=dict(start=document, stop=stop, documents=stop-document), text_bytes=0, rows=rows, tokens=len(own)+rows, targets=len(own)-len(ends), spans=rows+len(ends),
+            first=start, stored=len(ids), before=start-begin, seen=seen, digest=_digest(ids, layout), file=file.name, file_bytes=len(own)*np.dtype(layout.dtype).itemsize)
+        document, begin, seen = stop, start+int(ends[-1])+1 if len(ends) else begin, after
 
-# %% ../../nbs/2_packing/03_bins.ipynb #9bb2b435
+# %% ../../nbs/2_packing/03_bins.ipynb #0088c810
 class Bins(Cache):
     "A file of tokens, read as a cache. `open_bins` gives one."
     def __init__(self,
@@ -198,7 +199,7 @@ class Bins(Cache):
         c = self.chunks[i]
         ids = read_slice(self.file, self.layout, c['first'], c['stored'])
         if _digest(ids, self.layout) != c['digest']: raise DamagedBins(self.file, f'was changed after it was opened, between token {c["first"]:,} and {c["first"]+c["stored"]:,}', _put_back)
-        return lay_rows(ids, closings(ids, self.layout, c['seen']), self.seq_len+1, c['before'], self.meta['params']['pad_id'], into)
+        return lay_rows(ids, borders(ids, self.layout, c['seen'])[0], self.seq_len+1, c['before'], self.meta['params']['pad_id'], into)
 
     def verify(self,
         full:bool=True, # read every byte; otherwise only look at the size
@@ -213,7 +214,16 @@ class Bins(Cache):
             except DamagedBins as e: problems.append(Problem(self.file.name, e.what))
         return problems
 
-# %% ../../nbs/2_packing/03_bins.ipynb #bbcf7259
+# %% ../../nbs/2_packing/03_bins.ipynb #625f1f6b
+def _meta(file:Path, layout:Layout, split:str, seq_len:int, tokenizer:Tokenizer, chunk_rows:int)->dict:
+    "What a cache would say of itself. The corpus of an unknown file is named by its first tokens."
+    head = read_slice(file, layout, 0, min(count_tokens(file, layout, True), 1024))
+    of = layout.config if layout.ours else dict(dataset_name=file.resolve().parent.name, dataset_license=None, corpus=hash_bytes('bins', head.astype('<u4').view(np.uint8)))
+    return dict(format=FORMAT, dataset_name=of['dataset_name'], dataset_license=of['dataset_license'], split=split, tokenizer_name=f'{tokenizer.kind}-{tokenizer.vocab_size}',
+        max_length=seq_len, compression_enabled=False, fingerprint=dict(tokenizer=tokenizer.fingerprint, tokenizer_engine=tokenizer.engine, corpus=of['corpus']),
+        params=dict(seq_len=seq_len, row_tokens=seq_len+1, strategy='concat', chunk_rows=chunk_rows, codec='none', vocab_size=tokenizer.vocab_size, dtype=layout.memory,
+            bos_id=tokenizer.bos_id if head[0] == tokenizer.bos_id else None, eos_id=layout.eos_id, pad_id=tokenizer.pad_id)) # (bos_id None: documents begin with their first word)
+
 def open_bins(
     path:str|Path,        # the folder of the files
     split:str,            # train or validation
@@ -227,17 +237,14 @@ def open_bins(
     file = find_bins(path, split)
     if file is None: raise CacheError(f'{path} has no {" or ".join(BINS[split])}. Set data.path to the folder that has.')
     layout = read_layout(path, tokenizer)
-    there = count_tokens(file, layout, partial)
+    there, whole = count_tokens(file, layout, partial), chunk_rows*seq_len
     said = layout.config['tokens'].get(split, 0) if layout.ours else there
     if said != there: raise DamagedBins(file, f'holds {there:,} tokens, where {said:,} were written', 'Copy it again, or export it again.')
-    tokens = (there-1)//(chunk_rows*seq_len)*chunk_rows*seq_len+1 if partial else there
-    if tokens < 2: raise DamagedBins(file, f'holds {there:,} tokens', f'The first chunk takes {chunk_rows*seq_len+1:,}: wait for them, or set packing.chunk_rows lower.' if partial else 'There is nothing to learn from fewer than 2.')
-    corpus = layout.config['corpus'] if layout.ours else hash_bytes('bins', read_slice(file, layout, 0, min(tokens, 1024)).astype('<u4').view(np.uint8))
-    name = layout.config['dataset_name'] if layout.ours else Path(path).resolve().name
-    return Bins(file, layout, dict(format=FORMAT, status='building' if partial else 'complete', dataset_name=name, dataset_license=layout.config.get('dataset_license'), split=split,
-        tokenizer_name=f'{tokenizer.kind}-{tokenizer.vocab_size}', max_length=seq_len, compression_enabled=False, fingerprint=dict(tokenizer=tokenizer.fingerprint, tokenizer_engine=tokenizer.engine, corpus=corpus),
-        params=dict(seq_len=seq_len, row_tokens=seq_len+1, strategy='concat', chunk_rows=chunk_rows, codec='none', vocab_size=tokenizer.vocab_size, dtype=layout.memory,
-            bos_id=tokenizer.bos_id, eos_id=layout.eos_id, pad_id=tokenizer.pad_id), chunks=list(survey(file, layout, tokens, seq_len, chunk_rows))))
+    tokens = (there-1)//whole*whole+1 if partial else there
+    if tokens < 2: raise DamagedBins(file, f'holds {there:,} tokens', f'The first chunk takes {whole+1:,}: wait for them, or set packing.chunk_rows lower.' if partial
+        else 'There is nothing to learn from fewer than 2.')
+    meta = _meta(file, layout, split, seq_len, tokenizer, chunk_rows)
+    return Bins(file, layout, meta | dict(status='building' if partial else 'complete', chunks=list(survey(file, layout, tokens, seq_len, chunk_rows))))
 
 # %% ../../nbs/2_packing/03_bins.ipynb #07e044b9
 def unpack(
