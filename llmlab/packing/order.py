@@ -79,7 +79,7 @@ def draws_of(
         out.append(Draw(some, (*key, i//window), int(starts[-1]) if rest is None else len(rest), rest))
     return out
 
-# %% ../../nbs/2_packing/015_order.ipynb #b5144ae5
+# %% ../../nbs/2_packing/015_order.ipynb #ec88fde0
 class Order:
     "The order of the rows: a pure function of seed, history and position."
     def __init__(self,
@@ -93,9 +93,10 @@ class Order:
         self.history = [[0, len(self.chunk_rows)]] if history is None else [list(h) for h in history]
         self.eras = eras_of(self.history, np.cumsum([0, *self.chunk_rows]))
         self._starts = [e.start for e in self.eras]
-        self._plan, self._drawn = functools.lru_cache(2)(self._plan), functools.lru_cache(2)(self._drawn)
+        self._plan, self._last = functools.lru_cache(2)(self._plan), functools.lru_cache(2)(self.drawn)
 
-    def _drawn(self, draw:Draw)->np.ndarray: # [rows] rows of the window, as they come
+    def drawn(self, draw:Draw)->np.ndarray: # [rows] rows of the window
+        "The rows of a window, as they come."
         order = permutation(draw.rows, *draw.key) if self.shuffle else np.arange(draw.rows)
         return order if draw.left is None else draw.left[order]
 
@@ -115,7 +116,7 @@ class Order:
 
     def _rest(self, draw:Draw, taken:int)->dict[int,np.ndarray]: # chunk -> its rows
         "What is left of the chunks of a window after some rows."
-        rows, starts = np.sort(self._drawn(draw)[taken:]), np.cumsum([0, *self.chunk_rows[list(draw.chunks)]])
+        rows, starts = np.sort(self.drawn(draw)[taken:]), np.cumsum([0, *self.chunk_rows[list(draw.chunks)]])
         return {c: rows[np.searchsorted(rows, a):np.searchsorted(rows, b)]-a for c, a, b in zip(draw.chunks, starts, starts[1:])}
 
     def at(self,
@@ -137,7 +138,7 @@ class Order:
         while count:
             draw, begin, end = self.at(start)
             taken = min(count, end-start)
-            yield draw.chunks, self._drawn(draw)[start-begin:start-begin+taken]
+            yield draw.chunks, self._last(draw)[start-begin:start-begin+taken]
             start, count = start+taken, count-taken
 
     def end_of(self,
