@@ -69,17 +69,18 @@ def read_layout(
         f'this one is {tokenizer.kind}-{tokenizer.vocab_size}, {tokenizer.fingerprint}. The tokenizer of these files is {path.with_name("tokenizer.json")}.')
     return Layout(dtype, min(size, tokenizer.vocab_size), eos_id, ours and found.get('bos_id') == eos_id, 'uint16' if tokenizer.vocab_size <= 1<<16 else 'uint32', found)
 
-# %% ../../nbs/2_packing/03_bins.ipynb #9ef33653
+# %% ../../nbs/2_packing/03_bins.ipynb #e4763b35
 def bins_tokenizer(
     folder:str|Path,        # where the files are
     tok:TokenizerSettings,  # the section tokenizer of a config: its path comes first
 )->Tokenizer:
     "The tokenizer that token files were made with. Raises `DataError` where nobody says which."
-    beside = Path(folder)/'tokenizer.json'
+    beside, pickled = Path(folder)/'tokenizer.json', (Path(folder)/'meta.pkl').exists()
     if tok.path: return build_tokenizer(tok, None)
     if beside.is_file(): return build_tokenizer(tok.model_copy(update={'kind': 'hf', 'path': str(beside)}), None)
     raise DataError(f'{folder} has no tokenizer.json, so its numbers cannot be turned into text. Put the tokenizer that they were made with there, '
-        'or set tokenizer.kind=hf and tokenizer.path (one that llmlab saved serves too). For the GPT-2 files of nanoGPT: hf download gpt2 tokenizer.json tokenizer_config.json --local-dir FOLDER' + ('. (meta.pkl is not read: loading a pickle can run any code.)' if (Path(folder)/'meta.pkl').exists() else ''))
+        'or set tokenizer.kind=hf and tokenizer.path (one that llmlab saved serves too). '
+        'For the GPT-2 files of nanoGPT: hf download gpt2 tokenizer.json tokenizer_config.json --local-dir FOLDER' + (' (meta.pkl is not read: loading a pickle can run any code)' if pickled else ''))
 
 # %% ../../nbs/2_packing/03_bins.ipynb #30504e76
 class DamagedBins(CacheError):
