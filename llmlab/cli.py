@@ -76,13 +76,14 @@ def _settings(config:str|None, overrides:list[str]):
     from llmlab.config import load_config
     return load_config(config, overrides, say=print)
 
-# %% ../nbs/90_cli.ipynb #c851e593
+# %% ../nbs/90_cli.ipynb #9d1ab4f0
 @door
 def train(
     overrides:_overrides=(),
     config:_config=None,
     resume:Param('go on with this run; without a name, with the last one', str, nargs='?', const='last')=None,
     stop_after:Param('stop after so many steps (500) or so long (90s, 15m, 2h), with a checkpoint (exit code 75)', str)=None,
+    no_gpu_dataloader:Param('the same as loader.device_prefetch=false', bool)=False,
     verbose:_verbose=False,
     offline:_offline=False,
 )->None:
@@ -91,23 +92,39 @@ def train(
     from llmlab.trainer.loop import Limit, parse_limit
     from llmlab.trainer.tracking import Stopped
     if resume and config: raise LlmlabError('--resume goes on with the settings of the run: leave --config out. Single settings may be changed, as trainer.max_steps=2000.')
+    overrides = [*overrides, *(['loader.device_prefetch=false'] if no_gpu_dataloader else [])]
     cfg, folder = resume_settings(resume, overrides) if resume else (_settings(config, overrides), None)
     try: print(pretrain(cfg, resume=folder, limit=parse_limit(stop_after) if stop_after else Limit()))
     except Stopped as e: raise RunAgain(f'{e}\nGo on with: llmlab_train --resume' + (f' {e.checkpoint.parent.parent}' if e.checkpoint else '')) from e
 
-# %% ../nbs/90_cli.ipynb #b71b04b1
+# %% ../nbs/90_cli.ipynb #27957da7
+def _check_prepare(mode:str, force:bool, start:int, end:int|None)->None:
+    "Options of llmlab_prepare that contradict each other."
+    if mode == 'inverse' and (force or start or end is not None): raise ConfigError('--mode inverse looks at everything and mends what is wrong: --force-rebuild, --start-chunk and --end-chunk have no use with it.')
+    if start < 0 or end is not None and end <= start: raise ConfigError(f'chunks {start} to {end} (--start-chunk, --end-chunk): the range is empty. The end is the first chunk that is not built.')
+    if force and (start or end is not None): raise ConfigError('--force-rebuild throws the whole cache away, --start-chunk and --end-chunk build a part: first the one, then the other.')
+
 @door
 def prepare(
     overrides:_overrides=(),
     config:_config=None,
+    mode:Param('normal: build what is missing; inverse: find what is missing, cut short or changed, and make just that again', str, choices=('normal', 'inverse'))='normal',
+    start_chunk:Param('the first chunk to build; several processes may each build a range, or simply all run the same command', int)=0,
+    end_chunk:Param('the one after the last chunk to build', int)=None,
     force_rebuild:Param('make the cache again', bool)=False,
-    verify:Param('read every chunk and check it', bool)=False,
+    verify:Param('look for damage afterwards; quick: sizes and headers; full, or without a word: every byte', str, nargs='?', const='full', choices=('quick', 'full'))=None,
+    export_bins:Param('write the caches as token files (train_tokens.bin, val_tokens.bin, config.json, tokenizer.json) to this folder', str)=None,
     verbose:_verbose=False,
     offline:_offline=False,
 )->None:
     "Prepare a corpus for training: text to tokenizer to packed cache."
     from llmlab.recipes import prepare as recipe
-    print(recipe(_settings(config, overrides), force=force_rebuild, verify=verify))
+    _check_prepare(mode, force_rebuild, start_chunk, end_chunk)
+    data = recipe(_settings(config, overrides), force=force_rebuild, mode=mode, start_chunk=start_chunk, end_chunk=end_chunk, verify=verify)
+    print(data)
+    if export_bins:
+        from llmlab.packing.bins import export_bins as write
+        print(f'Token files: {write({"train": data.train, "validation": data.validation}, export_bins, data.tokenizer)}')
 
 # %% ../nbs/90_cli.ipynb #ded0566a
 def _options(text:str|None)->dict|None: # 'steps=16,order=prob' -> {'steps': 16, 'order': 'prob'}

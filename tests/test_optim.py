@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 from llmlab.config import Optim, Trainer
 from llmlab.files import CheckpointError, ConfigError
-from llmlab.trainer.optim import JointOptimizer, Muon, build_optimizer, clip_gradients, muon_splits, orthogonalise, rate_at, sort_parameters, total_steps
+from llmlab.trainer.optim import JointOptimizer, Muon, build_optimizer, clip_gradients, muon_splits, orthogonalise, rate_along, rate_at, sort_parameters, total_steps
 
 
 class Block(nn.Module):
@@ -168,12 +168,31 @@ def test_rates_stay_in_bounds_rise_and_then_fall(optim, total):
 
 @given(batch=st.integers(1, 9), accumulation=st.integers(1, 4), world=st.integers(1, 4), rows=st.integers(1, 500), epochs=st.floats(.01, 5), fraction=st.floats(.01, 1))
 @settings(max_examples=100, deadline=None)
-def test_an_epoch_sees_every_row(batch, accumulation, world, rows, epochs, fraction):
+def test_an_epoch_sees_no_row_twice(batch, accumulation, world, rows, epochs, fraction):
     trainer = Trainer(batch_size=batch, gradient_accumulation_steps=accumulation, epochs=epochs, epoch_dataset_fraction=fraction)
     steps, per_step = total_steps(trainer, rows, 64, world), batch*accumulation*world
-    assert steps >= 1 and (steps-1)*per_step < epochs*max(1, int(rows*fraction)) <= steps*per_step + 1e-6
+    wanted = math.ceil(epochs*max(1, int(rows*fraction)))
+    assert steps == 1 or steps*per_step <= wanted < (steps+1)*per_step
+    assert steps > 1 or wanted < 2*per_step
     as_tokens = Trainer(batch_size=batch, gradient_accumulation_steps=accumulation, max_tokens=steps*per_step*64)
     assert total_steps(as_tokens, rows, 64, world) == steps
+
+
+@given(data=st.data(), warm=st.integers(0, 30), schedule=st.sampled_from(['cosine', 'linear', 'constant', 'wsd']))
+@settings(max_examples=100, deadline=None)
+def test_the_rate_never_jumps_when_a_run_grows_longer(data, warm, schedule):
+    lengths = [[0, data.draw(st.integers(50, 200))]]
+    for _ in range(data.draw(st.integers(1, 3))):
+        since = data.draw(st.integers(lengths[-1][0], lengths[-1][1]))
+        lengths.append([since, data.draw(st.integers(lengths[-1][1], 400))])
+    optim = Optim(schedule=schedule, warmup_steps=warm)
+    rates = [rate_along(s, lengths, optim, warm) for s in range(lengths[-1][1])]
+    steepest = max(abs(rate_at(s+1, n, optim, warm)-rate_at(s, n, optim, warm)) for _, n in lengths for s in range(lengths[-1][1]))
+    assert all(0 <= r <= 1+1e-9 for r in rates)
+    if warm: assert max(abs(a-b) for a, b in zip(rates, rates[1:])) <= steepest+(1+steepest)*sum(1 for _ in lengths[1:])/warm+1e-9
+    at = lengths[1][0]
+    assert rates[:at] == [rate_at(s, lengths[0][1], optim, warm) for s in range(at)] # what was done is as it was
+    if warm and len(lengths) == 2 and at < len(rates): assert rates[at] == rate_at(at, lengths[0][1], optim, warm)
 
 
 def test_clipping_is_of_the_whole_gradient():

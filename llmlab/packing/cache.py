@@ -472,7 +472,7 @@ def _job(b:_Builder, number:int)->Job|None: # None: there is nothing to make
     return Job(number, dict(start=dealt.start, stop=dealt.stop), {s: [d for d, side in dealt.documents if side == s] for s in splits}, {s: b.folders[s] for s in splits},
         {s: _cache_id(b.metas[s]) for s in splits}, {s: b.records[s][number]['digest'] for s in splits if (s, number) in b.lost}, b.packing)
 
-# %% ../../nbs/2_packing/01_cache.ipynb #7ae5e4cf
+# %% ../../nbs/2_packing/01_cache.ipynb #86882274
 def _finish(b:_Builder, number:int, records:dict[str,dict])->None:
     "Note what was made."
     for split, record in records.items():
@@ -504,6 +504,7 @@ def _begin(b:_Builder, number:int, workers:int, from_bytes:int)->None:
 def _run(b:_Builder, numbers:Iterable[int])->None:
     "Make the chunks of these numbers, as far as the corpus goes and nobody else makes them; return when all are there."
     elsewhere, how = [], _num_workers(b.packing)
+    b.report()
     try:
         for k in numbers:
             if b.beyond(k): break

@@ -214,7 +214,7 @@ def rewind(
         os.rename(path, aside)
     return [p.name for p in later]
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #a43e1191
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #5df982b1
 @dataclass
 class TrainState:
     "The counters of a run."
@@ -228,6 +228,9 @@ class TrainState:
     skipped: int = 0         # steps in a row that the fp16 scaler has skipped
     settled: bool = True     # False: stopped before this step was logged and its hooks ran; the resumed run does that first
     pending: dict[str, list[float]] = field(default_factory=dict) # name -> [sum, count] since the last log line
+    lengths: list[list[int]] = field(default_factory=list) # [[0, steps], [step, steps from there on], ...]: how long the run was meant to be
+    full_steps: int|None = None      # steps that the whole corpus would make, decided when the run began: the warm-up is a share of them
+    validation_rows: int|None = None # held out when the run began: a cache that grows does not change what is validated on
 
     def validated(self,
         loss:float, # mean validation loss, nats a token

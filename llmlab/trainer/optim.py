@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['sort_parameters', 'own_groups', 'orthogonalise', 'Muon', 'muon_splits', 'JointOptimizer', 'build_optimizer',
-           'clip_gradients', 'Ema', 'warm_up', 'cosine', 'linear', 'rate_at', 'total_steps']
+           'clip_gradients', 'Ema', 'warm_up', 'cosine', 'linear', 'warmup_steps', 'rate_at', 'rate_along',
+           'total_steps']
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #63d5a2c2
+# %% ../../nbs/4_trainer/01_optim.ipynb #616d6959
 import contextlib, math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from ..config import Optim, Trainer
@@ -292,14 +293,22 @@ def linear(progress:float)->float:
     "1 at 0, 0 at 1, a line between."
     return 1-progress
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #50edae5d
+# %% ../../nbs/4_trainer/01_optim.ipynb #3b22d999
+def warmup_steps(
+    total:int, # steps in the whole run
+    optim:Optim, # warmup_steps, or warmup_ratio
+)->int:
+    "How long the rate rises."
+    return optim.warmup_steps if optim.warmup_steps is not None else round(optim.warmup_ratio*total)
+
 def rate_at(
     step:int, # steps done so far: 0 for the first
     total:int, # steps in the whole run
     optim:Optim, # schedule, warm-up, floor and, for wsd, the length of the fall
+    warm:int|None=None, # steps of warm-up; None: as the settings say
 )->float: # multiplier for the highest rate
     "The learning rate of the step after `step` steps, as a part of `optim.lr`."
-    warm = optim.warmup_steps if optim.warmup_steps is not None else round(optim.warmup_ratio*total)
+    if warm is None: warm = warmup_steps(total, optim)
     fall = optim.decay_ratio*total if optim.schedule == 'wsd' else total-warm # steps that the fall takes
     if step < warm: return warm_up(step, warm)
     if optim.schedule == 'constant' or step < total-fall: return 1.
@@ -307,14 +316,28 @@ def rate_at(
     progress = min(1., (step-(total-fall))/max(fall, 1e-9))
     return optim.min_lr_ratio+(1-optim.min_lr_ratio)*shape(progress)
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #97cb1bc6
+# %% ../../nbs/4_trainer/01_optim.ipynb #28d2b5eb
+def rate_along(
+    step:int, # steps done so far
+    lengths:Sequence[Sequence[int]], # [[0, steps], [step, steps from there on], ...]: how long the run was meant to be, and since when
+    optim:Optim, # schedule and warm-up
+    warm:int, # steps of warm-up
+)->float: # multiplier for the highest rate
+    "The learning rate of a run whose length has changed on the way. Without a change it is `rate_at`."
+    (since, total), earlier = lengths[-1], lengths[:-1]
+    new = rate_at(step, total, optim, warm)
+    if not earlier or step >= since+max(warm, 1): return new
+    old = rate_along(step, earlier, optim, warm)
+    return old+(new-old)*max(0, step-since)/max(warm, 1)
+
+# %% ../../nbs/4_trainer/01_optim.ipynb #49fbe50e
 def total_steps(
     trainer:Trainer, # batch_size, gradient_accumulation_steps and one of max_steps, max_tokens, epochs
     rows:int, # rows of the whole training cache
     seq_len:int, # tokens in a row
     world:int=1, # ranks, each with its own micro-batches
 )->int: # optimizer steps
-    "Length of the run in steps, rounded up. Raises `ConfigError` if two durations are given or there are no rows."
+    "Length of the run in steps: epochs are rounded down, tokens up. Raises `ConfigError` if two durations are given or there are no rows."
     given = {k: v for k in ('max_steps', 'max_tokens', 'epochs') if (v := getattr(trainer, k)) is not None}
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(f'trainer.{k} ({v})' for k, v in given.items())} both say how long to train. Keep one and set the others to null.")
@@ -323,4 +346,4 @@ def total_steps(
     if trainer.max_steps: return trainer.max_steps
     if trainer.max_tokens: return math.ceil(trainer.max_tokens/(rows_per_step*seq_len))
     rows_per_epoch = max(1, int(rows*trainer.epoch_dataset_fraction))
-    return math.ceil((trainer.epochs or 1)*rows_per_epoch/rows_per_step)
+    return max(1, math.ceil((trainer.epochs or 1)*rows_per_epoch)//rows_per_step)
