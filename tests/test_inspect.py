@@ -22,8 +22,8 @@ class Texts:
     def iterate(self, split, start=0):
         for i in range(start, len(self.texts)):
             if (i % 5 == 1) == (split == 'validation'): yield Document(self.texts[i], self.name, i)
-    def all(self, start=0):
-        for i in range(start, len(self.texts)): yield Document(self.texts[i], self.name, i), 'validation' if i % 5 == 1 else 'train'
+    def all(self, start=0, stop=None):
+        for i in range(start, min(stop or len(self.texts), len(self.texts))): yield Document(self.texts[i], self.name, i), 'validation' if i % 5 == 1 else 'train'
 
 def some_texts(n=90, seed=0):
     r = random.Random(seed)
@@ -140,6 +140,13 @@ def test_borders_are_seen_without_colours():
     Console(file=out, force_terminal=True, color_system='truecolor', width=60).print(view_row(p, 0, byte()))
     assert '\x1b[' in out.getvalue() # and in a terminal they are coloured
 
+def test_a_long_row_is_shortened_in_a_report(tmp_path):
+    built = build_cache(Texts([f'{i}\n'*200 for i in range(10)]), byte(), config.Packing(seq_len=600, chunk_rows=8, folder=str(tmp_path)))
+    r = report(built)
+    assert r.samples and sum(l.startswith('┃ ') for l in str(r).splitlines()) <= 6*sum(len(v.spans) for v in r.samples)
+    assert '... 196 more lines' in str(r) and '... ' not in str(r.samples[0])
+    assert str(r.samples[0]).count('↵') == sum(s.text.count('↵') for s in r.samples[0].spans)
+
 class Tags(HTMLParser):
     "Which tags there are, and whether they close."
     def __init__(self, html):
@@ -164,7 +171,7 @@ def test_any_bytes_can_be_shown(texts, row_tokens):
         text = printed(v, width=40)
         assert all(c.isprintable() or c == '\n' for c in text)
         tags = Tags(v._repr_html_())
-        assert not tags.open and set(tags.seen) <= {'div', 'b', 'span'} and tags.seen['span'] == len(v.spans)+bool(v.padding)
+        assert not tags.open and set(tags.seen) <= {'div', 'b', 'span'} and tags.seen['span'] == 2*len(v.spans)+1+bool(v.padding) # the ruler has one more, which may be empty
         for s in v.spans: assert s.text in tags.text
         squeezed = lambda t: re.sub(r'[\s┃]', '', t)
         for s in v.spans: assert squeezed(s.text) in squeezed(text) # nothing taken for markup, nothing lost at a line's end

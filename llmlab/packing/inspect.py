@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'HUES', 'QUANTILES', 'CHUNK_COLUMNS', 'Lengths', 'count_lengths', 'visible', 'Span', 'RowView', 'view_row',
-           'show_row', 'printed', 'ChunkReport', 'chunk_reports', 'CacheReport', 'report', 'size', 'facts', 'pictures',
-           'write_report']
+           'show_row', 'printed', 'row_lines', 'ChunkReport', 'chunk_reports', 'CacheReport', 'report', 'size', 'facts',
+           'pictures', 'write_report']
 
-# %% ../../nbs/2_packing/04_inspect.ipynb #8f040e99
+# %% ../../nbs/2_packing/04_inspect.ipynb #8cf12912
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from html import escape
@@ -129,7 +129,7 @@ def show_row(
     i = int(np.searchsorted(cache.offsets, row, side='right'))-1
     return view_row(cache.chunk(i), row-int(cache.offsets[i]), tokenizer or load_tokenizer(cache.path), cache.chunks[i]['chunk'], row)
 
-# %% ../../nbs/2_packing/04_inspect.ipynb #cfca72b6
+# %% ../../nbs/2_packing/04_inspect.ipynb #cb54fea5
 COLOURS = ('blue', 'magenta', 'green', 'yellow', 'cyan', 'red') # of the documents in a row, in turn
 
 def printed(
@@ -137,10 +137,13 @@ def printed(
     width:int=100, # characters in a line
 )->str:
     "What a terminal without colours would show."
+    console = _plain_console(width)
+    console.print(view)
+    return '\n'.join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+def _plain_console(width:int):
     from rich.console import Console
-    out = StringIO()
-    Console(file=out, width=width, color_system=None, force_terminal=False, force_jupyter=False).print(view)
-    return '\n'.join(line.rstrip() for line in out.getvalue().splitlines())
+    return Console(file=StringIO(), width=width, color_system=None, force_terminal=False, force_jupyter=False)
 
 def _ruler(view:RowView, width:int)->list[tuple[str,str]]: # (characters, style)
     "The row as a line of `width` characters: a bar at each border, nothing where there is padding."
@@ -148,35 +151,46 @@ def _ruler(view:RowView, width:int)->list[tuple[str,str]]: # (characters, style)
     parts = [(('┃'+'━'*width)[:b-a], COLOURS[i%len(COLOURS)]) for i, (a, b) in enumerate(zip(ends.tolist(), ends[1:].tolist()))]
     return [*parts, ('░'*(width-int(ends[-1])), 'dim'), ('┃', '')]
 
-# %% ../../nbs/2_packing/04_inspect.ipynb #67a7e13a
+# %% ../../nbs/2_packing/04_inspect.ipynb #232fd844
+def row_lines(
+    view:RowView,        # what to draw
+    console:'rich.console.Console', # where to
+    width:int=100,       # characters in a line
+    most:int|None=None,  # lines of one document, at least 4; None: all
+)->Iterator['rich.text.Text']:
+    "A row, line by line, for a terminal."
+    from rich.text import Text
+    yield Text(view.title, style='bold')
+    yield Text.assemble(*_ruler(view, width-1))
+    for i, span in enumerate(view.spans):
+        colour = COLOURS[i%len(COLOURS)]
+        lines = [piece for line in span.text.removesuffix('\n').split('\n') for piece in Text(line).wrap(console, width-2) or [Text()]]
+        if most and len(lines) > most: lines[most-2:-1] = [Text(f'... {len(lines)-most+1} more lines', style='dim')]
+        yield Text(f'┏ {span}', style=colour)
+        for line in lines: yield Text.assemble(('┃ ', colour), line)
+    if view.padding: yield Text(f'░ {view.padding} padding', style='dim')
+
 @patch
 def __rich_console__(self:RowView, console, options):
-    from rich.text import Text
-    width = max(20, min(options.max_width, 120))
-    yield Text(self.title, style='bold')
-    yield Text.assemble(*_ruler(self, width-1))
-    for i, span in enumerate(self.spans):
-        colour = COLOURS[i%len(COLOURS)]
-        yield Text(f'┏ {span}', style=colour)
-        for line in span.text.removesuffix('\n').split('\n'):
-            for piece in Text(line).wrap(console, width-2) or [Text()]: yield Text.assemble(('┃ ', colour), piece)
-    if self.padding: yield Text(f'░ {self.padding} padding', style='dim')
+    yield from row_lines(self, console, max(20, min(options.max_width, 120)))
 
-# %% ../../nbs/2_packing/04_inspect.ipynb #afa41c08
+# %% ../../nbs/2_packing/04_inspect.ipynb #70b272bc
 HUES = (210, 300, 140, 45, 185, 5) # of the same documents in HTML, degrees of the colour circle
 
 @patch
 def _repr_html_(self:RowView)->str:
-    parts = []
+    parts, ruler = [], []
     for i, s in enumerate(self.spans):
         hue = HUES[i%len(HUES)]
+        ruler.append(f'<span style="flex:{s.length};background:hsl({hue},60%,50%);border-left:1px solid white"></span>')
         edge = 'solid' if s.start == 0 else 'dotted' # a dotted border: the document began elsewhere
         tail = '' if s.stop == s.total else '<b> ✂</b>'
         parts.append(f'<span title="{escape(str(s))}" style="background:hsla({hue},70%,50%,.18);border-left:4px {edge} hsl({hue},60%,50%);padding:1px 2px">{escape(s.text)}{tail}</span>')
     if self.padding: parts.append('<span title="padding" style="border-left:4px solid gray;padding:1px 8px;opacity:.7;background:repeating-linear-gradient(45deg,'
         f'transparent 0 4px,rgba(128,128,128,.35) 4px 6px)">{self.padding} padding</span>')
-    return (f'<div style="margin:.6em 0"><b style="font:bold 13px sans-serif">{escape(self.title)}</b><div style="font:12px/1.7 monospace;white-space:pre-wrap;overflow-wrap:anywhere">'
-        + ''.join(parts) + '</div></div>')
+    return (f'<div style="margin:.6em 0"><b style="font:bold 13px sans-serif">{escape(self.title)}</b>'
+        f'<div style="display:flex;height:7px;margin:3px 0">{"".join(ruler)}<span style="flex:{self.padding};background:rgba(128,128,128,.25)"></span></div>'
+        '<div style="font:12px/1.7 monospace;white-space:pre-wrap;overflow-wrap:anywhere;max-height:28em;overflow:auto">' + ''.join(parts) + '</div></div>')
 
 # %% ../../nbs/2_packing/04_inspect.ipynb #4071e98e
 @dataclass(frozen=True)
@@ -305,7 +319,7 @@ def facts(
     if not r.text_bytes: out['Text'] |= {'size': 'not known', 'bytes a token': 'not known'}
     return out
 
-# %% ../../nbs/2_packing/04_inspect.ipynb #74df5ea3
+# %% ../../nbs/2_packing/04_inspect.ipynb #417cda24
 CHUNK_COLUMNS = {'chunk': lambda c: f'{c.chunk:,}', 'rows': lambda c: f'{c.rows:,}', 'documents': lambda c: f'{c.documents:,}', 'tokens': lambda c: f'{c.tokens:,}',
     'fill': lambda c: f'{100*c.fill:.2f} %', 'size': lambda c: size(c.file_bytes), 'bytes a token': lambda c: f'{c.bytes_per_token:.3f}'}
 
@@ -330,7 +344,7 @@ def __rich_console__(self:CacheReport, console, options):
     yield chunks
     for view in self.samples:
         yield ''
-        yield view
+        yield from row_lines(view, console, max(20, min(options.max_width, 120)), 6)
 
 # %% ../../nbs/2_packing/04_inspect.ipynb #3a21f279
 def _picture(title:str, shapes:str, bottom:list[tuple[float,str]], top:str, low:str)->str:
@@ -356,15 +370,16 @@ def _histogram(r:CacheReport, bins:int=32)->str:
     middle = [(x(r.quantiles['p50']), f'median {r.quantiles["p50"]:,}')] if 110 < x(r.quantiles['p50']) < 230 else []
     return _picture('Documents by length in tokens', bars+line, [(40, f'{math.exp(low):,.0f}'), *middle, (290, f'{math.exp(high):,.0f}')], f'{most:,.0f}', '0')
 
-# %% ../../nbs/2_packing/04_inspect.ipynb #1a9fcec8
-def _by_chunk(title:str, chunks:list[ChunkReport], of:Callable[[ChunkReport], float], form:Callable[[float], str], floor:float|None=None)->str:
-    "A number for each chunk that has rows; the scale begins at `floor`, or a little below the least."
+# %% ../../nbs/2_packing/04_inspect.ipynb #74ab84d4
+def _by_chunk(title:str, chunks:list[ChunkReport], of:Callable[[ChunkReport], float], form:Callable[[float], str],
+        floor:float|None=None, ceiling:float=math.inf)->str:
+    "A number for each chunk that has rows; the scale begins at `floor`, or a little below the least, and goes a little beyond the most, but not beyond `ceiling`."
     values = np.array([of(c) for c in chunks if c.rows] or [0.])
     groups = np.array_split(values, min(len(values), 100))
     y = np.array([g.mean() for g in groups])
     low, high = (y.min() if floor is None else floor), y.max()
     margin = .15*(high-low) or max(.02*abs(high), 1e-9)
-    low, high = (low-margin if floor is None else low), high+margin
+    low, high = (low-margin if floor is None else low), min(high+margin, max(high, ceiling))
     step = 250/len(y)
     dots = ''.join(f'<circle cx="{40+step*(i+.5):.1f}" cy="{94-70*(v-low)/(high-low):.1f}" r="{min(2.6, max(1.4, step/2.5)):.1f}" fill="#4292c6"/>' for i, v in enumerate(y))
     return _picture(title, dots, [(40, 'chunk 0'), *([(290, f'{chunks[-1].chunk:,}')] if len(chunks) > 1 else [])], form(high), form(low))
@@ -374,7 +389,7 @@ def pictures(
 )->str: # HTML
     "The three pictures of a report."
     return ('<div style="display:flex;flex-wrap:wrap;gap:12px">' + _histogram(r)
-        + _by_chunk('Fill by chunk', r.chunks, lambda c: c.fill, lambda v: f'{100*v:.1f}%')
+        + _by_chunk('Fill by chunk', r.chunks, lambda c: c.fill, lambda v: f'{100*v:.1f}%', ceiling=1.)
         + _by_chunk('Bytes a token on disk, by chunk', r.chunks, lambda c: c.bytes_per_token, lambda v: f'{v:.2f}', 0.) + '</div>')
 
 # %% ../../nbs/2_packing/04_inspect.ipynb #f2b0d502
@@ -397,15 +412,15 @@ def _repr_html_(self:CacheReport)->str:
     return (f'<div style="font-family:sans-serif"><h3 style="margin:.2em 0">{escape(self.name)}, {escape(self.split)}</h3>{pictures(self)}{_facts_html(facts(self))}'
         f'<details style="font-size:13px;margin:.6em 0"><summary>{len(self.chunks):,} chunks</summary>{chunks}</details>{"".join(v._repr_html_() for v in self.samples)}</div>')
 
-# %% ../../nbs/2_packing/04_inspect.ipynb #4b0d3182
+# %% ../../nbs/2_packing/04_inspect.ipynb #0b633bb3
 @patch
 def _repr_html_(self:Cache)->str:
     chunks = chunk_reports(self)
-    each = '' if not chunks else ('<div style="display:flex;flex-wrap:wrap;gap:12px">' + _by_chunk('Fill by chunk', chunks, lambda c: c.fill, lambda v: f'{100*v:.1f}%')
+    each = '' if not chunks else ('<div style="display:flex;flex-wrap:wrap;gap:12px">' + _by_chunk('Fill by chunk', chunks, lambda c: c.fill, lambda v: f'{100*v:.1f}%', ceiling=1.)
         + _by_chunk('Bytes a token on disk, by chunk', chunks, lambda c: c.bytes_per_token, lambda v: f'{v:.2f}', 0.) + '</div>')
     return f'<div style="font-family:sans-serif"><p style="font-size:13px">{escape(repr(self))}</p>{each}</div>'
 
-# %% ../../nbs/2_packing/04_inspect.ipynb #44e769dd
+# %% ../../nbs/2_packing/04_inspect.ipynb #ff8989a3
 @patch
 def to_dict(self:CacheReport)->dict:
     "All numbers of a report, for JSON."
@@ -427,7 +442,7 @@ def to_markdown(self:CacheReport)->str:
         for i, (k, v) in enumerate(pairs.items()): out += line(['' if i else f'**{section}**', k, v])
     out += '\n' + line(CHUNK_COLUMNS) + line(['---:']*len(CHUNK_COLUMNS)) + ''.join(map(line, _chunk_lines(self, 100)))
     for view in self.samples:
-        text = printed(view)
+        text = '\n'.join(line.plain.rstrip() for line in row_lines(view, _plain_console(100), most=12))
         fence = '`'*max(3, 1+max(map(len, ''.join(c if c == '`' else ' ' for c in text).split()), default=0))
         out += f'\n{fence}\n{text}\n{fence}\n'
     return out
