@@ -11,7 +11,7 @@ from llmlab.data.corpora import Document
 from llmlab.data.tokenizer import build_tokenizer
 from llmlab.files import CacheError, ConfigError, hash_bytes
 from llmlab.packing.cache import DamagedChunk, build_cache
-from llmlab.packing.inspect import count_lengths, facts, printed, report, show_row, size, view_row, visible, write_report
+from llmlab.packing.inspect import check_report_name, count_lengths, facts, print_report, printed, report, show_row, size, view_row, visible, write_report
 from llmlab.packing.packer import STRATEGIES, pack
 
 class Texts:
@@ -213,3 +213,11 @@ def test_a_report_of_bins(tmp_path):
 
 def test_size():
     assert [size(n) for n in (0, 999.4, 999.6, 1e6, 2.5e12)] == ['0 B', '999 B', '1 kB', '1 MB', '2.5 TB']
+
+def test_what_is_printed_and_refused(cache, capsys):
+    print_report([report(cache), report(cache, samples=[])])
+    text = capsys.readouterr().out
+    assert '\x1b' not in text and text.count('Documents  documents') == 2 and text.count('┏') > 0
+    for good in ('a.html', 'b/c.json', 'd.md'): check_report_name(good)
+    for bad in ('data.name=python', 'report', 'r.HTML.gz'):
+        with pytest.raises(ConfigError, match='put --report last'): check_report_name(bad)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'HUES', 'QUANTILES', 'CHUNK_COLUMNS', 'Lengths', 'count_lengths', 'visible', 'Span', 'RowView', 'view_row',
            'show_row', 'printed', 'row_lines', 'ChunkReport', 'chunk_reports', 'CacheReport', 'report', 'size', 'facts',
-           'pictures', 'write_report']
+           'pictures', 'check_report_name', 'print_report', 'write_report']
 
 # %% ../../nbs/2_packing/04_inspect.ipynb #8cf12912
 import math
@@ -447,16 +447,31 @@ def to_markdown(self:CacheReport)->str:
         out += f'\n{fence}\n{text}\n{fence}\n'
     return out
 
-# %% ../../nbs/2_packing/04_inspect.ipynb #0a8c2e7b
+# %% ../../nbs/2_packing/04_inspect.ipynb #28bddbec
+def check_report_name(
+    path:str|Path, # where a report shall go
+)->None:
+    "Raise `ConfigError` unless `write_report` knows the ending of this name: better before a long build than after."
+    if Path(path).suffix not in ('.html', '.json', '.md'):
+        raise ConfigError(f'--report {path} does not end in .html, .json or .md. Give one of these; to see the report in the terminal put --report last, without a name.')
+
+def print_report(
+    reports:Sequence[CacheReport], # any
+)->None:
+    "Print reports, in colours where there is a terminal."
+    from rich.console import Console
+    console = Console()
+    for r in reports: console.print(r) if console.is_terminal else print(r)
+
 def write_report(
     reports:CacheReport|Sequence[CacheReport], # one, or those of both splits
     path:str|Path,                             # ends in .html, .json or .md
 )->Path:
     "Write reports to a file, by the ending of its name, whole or not at all. Raises `ConfigError` for another ending."
+    check_report_name(path)
     path, reports = Path(path), [reports] if isinstance(reports, CacheReport) else list(reports)
     if path.suffix == '.json': return write_json(path, {r.split: r.to_dict() for r in reports})
     if path.suffix == '.md': return write_whole(path, '\n'.join(r.to_markdown() for r in reports))
-    if path.suffix != '.html': raise ConfigError(f'--report {path} does not end in .html, .json or .md. Give one of these, or no name to see the report here.')
     title = escape(', '.join(dict.fromkeys(r.name for r in reports)))
     return write_whole(path, f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>:root{{color-scheme:light dark}}'
         'body{max-width:1000px;margin:1em auto;padding:0 1em}</style></head><body>' + '<hr>'.join(r._repr_html_() for r in reports) + '</body></html>\n')
