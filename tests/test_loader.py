@@ -1,6 +1,7 @@
 "The order is a pure function of seed and position; nothing of how the work is divided can be seen in it."
-import gc, json, threading, time
+import contextlib, gc, json, threading, time
 import numpy as np, pytest, torch
+import llmlab.packing.loader
 from llmlab import config
 from llmlab.data.corpora import open_corpus
 from llmlab.data.tokenizer import build_tokenizer
@@ -8,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 from llmlab.files import CacheError, hash_json
 from llmlab.packing.cache import DamagedChunk, build_cache, digest
-from llmlab.packing.loader import Batch, Loader, Reader, as_window, assemble, in_order
+from llmlab.packing.loader import Batch, Loader, Reader, Transport, as_window, assemble, fill, in_order
 from llmlab.packing.order import Order, permutation
 from llmlab.packing.packer import pack
 
@@ -489,6 +490,52 @@ def test_error_comes_up_where_the_batch_was_due_and_nothing_is_skipped(workers):
             assert position == len(got)
     assert raised == 3 and got == want
     loader.close()
+
+class Simulated:
+    "A stream that does its work late: an event is done when somebody waits for it."
+    def __init__(self): self.log = []
+    def record_event(self):
+        n, log = len(self.log), self.log
+        log.append(('copy', n))
+        class Event:
+            def synchronize(self): log.append(('wait', n))
+        return Event()
+
+def test_a_pinned_buffer_is_filled_again_only_after_its_copy_is_done(monkeypatch):
+    stream, t = Simulated(), Transport('cpu')
+    t._copies = stream
+    monkeypatch.setattr(torch.cuda, 'stream', lambda s: contextlib.nullcontext())
+    filled = []
+    def fills(buffer, batch, pinned=True):
+        out = fill(buffer, batch, pinned=False)
+        filled.append(out.tokens.data_ptr())
+        stream.log.append(('fill', len(filled)-1))
+        return out
+    monkeypatch.setattr(llmlab.packing.loader, 'fill', fills)
+    loader = Loader(InMemory([9]), 2, seed=1, workers=0)
+    for i in range(6):
+        b = next(loader)
+        there, arrival = t.send(b)
+        same(there, b)
+        assert there.place == b.place and arrival is not None
+    assert len(set(filled)) == 2 and filled == 3*filled[:2]
+    assert [w for w, _ in stream.log] == ['fill', 'copy']*2 + ['wait', 'fill', 'copy']*4
+    copies = [n for w, n in stream.log if w == 'copy']
+    assert [n for w, n in stream.log if w == 'wait'] == copies[:4] # always that of two batches before
+
+@pytest.mark.gpu
+def test_pinned_buffers_on_a_gpu():
+    "The stream of the copies is held up, so that a buffer that is filled too early would be seen."
+    cache = InMemory([9, 9, 9], seq_len=1023, longest=900)
+    want = [next(loader) for loader in [Loader(cache, 8, seed=1, workers=0)] for _ in range(12)]
+    t, got = Transport('cuda'), []
+    for w in want:
+        with torch.cuda.stream(t._copies): torch.cuda._sleep(20_000_000)
+        there, arrival = t.send(w)
+        got.append(t.receive(there, arrival))
+        torch.cuda._sleep(1_000_000)
+    assert all(buffer.tokens.is_pinned() for buffer, _ in t._buffers) and len(t._buffers) == 2
+    for g, w in zip(got, want): same(g.to('cpu'), w)
 
 @pytest.mark.gpu
 def test_on_a_gpu():

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['WINDOW_TOKENS', 'Batch', 'Window', 'as_window', 'Drawn', 'draw_rows', 'assemble', 'join_batches', 'load_window',
-           'Reader', 'Ahead', 'send', 'receive', 'check_same', 'window_chunks', 'Loader', 'in_order']
+           'Reader', 'Ahead', 'fill', 'Transport', 'check_same', 'check_state', 'first_chunks', 'history_now',
+           'grown_since', 'window_chunks', 'Loader', 'in_order']
 
-# %% ../../nbs/2_packing/02_loader.ipynb #aecaa38e
+# %% ../../nbs/2_packing/02_loader.ipynb #32760218
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import numpy as np, torch
@@ -18,7 +19,7 @@ from .cache import Cache
 from .order import Order
 from .packer import Packed
 
-# %% ../../nbs/2_packing/02_loader.ipynb #bf465f6b
+# %% ../../nbs/2_packing/02_loader.ipynb #5fe07d7a
 @dataclass
 class Batch:
     "Rows to learn from. `num_targets` is counted from the weights where it is not given."
@@ -34,10 +35,16 @@ class Batch:
     def __post_init__(self):
         if self.num_targets is None: self.num_targets = int(self.weights.sum())
 
-    def _map(self, f)->'Batch':
-        return Batch(*(f(getattr(self, k)) for k in ('tokens', 'targets', 'weights', 'document')), self.rows, self.one_document, self.num_targets, self.place)
-    def to(self, device:str|torch.device, non_blocking:bool=False)->'Batch': return self._map(lambda t: t.to(device, non_blocking=non_blocking))
-    def pin_memory(self)->'Batch': return self._map(Tensor.pin_memory)
+    @property
+    def tensors(self)->tuple[Tensor,...]:
+        "What a network needs, and what goes to its device."
+        return self.tokens, self.targets, self.weights, self.document
+
+    def with_tensors(self, tensors:Iterable[Tensor])->'Batch':
+        "The same batch with its tensors somewhere else."
+        return Batch(*tensors, self.rows, self.one_document, self.num_targets, self.place)
+
+    def to(self, device:str|torch.device, non_blocking:bool=False)->'Batch': return self.with_tensors(t.to(device, non_blocking=non_blocking) for t in self.tensors)
 
 # %% ../../nbs/2_packing/02_loader.ipynb #e7a41aa4
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ def load_window(
     first = np.concatenate([*(p.first[:-1]+s for p, s in zip(parts, spans)), spans[-1:]])
     return Window(tokens[:ends[-1]], first, *(np.concatenate([getattr(p, k) for p in parts]) for k in ('length', 'number', 'rows', 'targets')))
 
-# %% ../../nbs/2_packing/02_loader.ipynb #c49a6ed0
+# %% ../../nbs/2_packing/02_loader.ipynb #ccd15bb4
 class Reader:
     "Batches by position, from memory that holds a window and perhaps the next."
     def __init__(self,
@@ -164,7 +171,7 @@ class Reader:
                 most = int(np.sort(self.order.chunk_rows)[-self.order.window:].sum())
                 self._buffers[slot] = np.empty((most, self.cache.seq_len+1), self.cache.meta['params']['dtype'])
             self._held[slot] = draw.chunks, load_window(self.cache, draw.chunks, self._buffers[slot], self.threads)
-        return begin, end, slot, draw_rows(self._held[slot][1], self.order.drawn(draw))
+        return begin, end, slot, draw_rows(self._held[slot][1], draw.drawn())
 
     def _go_to(self, position:int)->None:
         "Make the window of a position the one in use. Raises `DamagedChunk`."
@@ -178,7 +185,7 @@ class Reader:
             self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix='loader-window')
             self._next = self._pool.submit(self._load, self._end)
 
-    def batch(self, start:int, count:int)->Batch:
+    def batch(self, start:int, count:int, place:int|None=None)->Batch:
         "The rows at positions start .. start+count-1. Raises `DamagedChunk`."
         parts = []
         while count:
@@ -186,7 +193,9 @@ class Reader:
             taken = min(count, self._end-start)
             parts.append(self._drawn.batch(start-self._begin, start-self._begin+taken))
             start, count = start+taken, count-taken
-        return join_batches(parts)
+        batch = join_batches(parts)
+        batch.place = place
+        return batch
 
     def close(self)->None:
         "End the background."
@@ -220,29 +229,46 @@ class Ahead:
         if self._pool: self._pool.shutdown(cancel_futures=True)
         self._pool, self._queue = None, deque()
 
-# %% ../../nbs/2_packing/02_loader.ipynb #0b189285
-def send(
-    batch:Batch,                   # on the host
-    device:torch.device,           # where it should go
-    copies:'torch.cuda.Stream|None', # the stream to copy on; None: leave it here
-)->tuple[Batch,'torch.cuda.Event|None']: # the batch, perhaps not arrived yet, and the event of its arrival
-    "Start the copy of a batch, in a background thread."
-    if copies is None: return batch, None
-    with torch.cuda.stream(copies): return batch.pin_memory().to(device, non_blocking=True), copies.record_event()
+# %% ../../nbs/2_packing/02_loader.ipynb #01857b7e
+def fill(
+    buffer:Batch|None, # memory; None or of another shape: new memory is made
+    batch:Batch,       # what to write into it
+    pinned:bool=True,  # memory that a GPU can fetch from
+)->Batch: # the batch, in the buffer
+    "Copy a batch into a buffer."
+    if buffer is None or buffer.tokens.shape != batch.tokens.shape: buffer = batch.with_tensors(torch.empty_like(t, pin_memory=pinned) for t in batch.tensors)
+    for there, here in zip(buffer.tensors, batch.tensors): there.copy_(here)
+    return batch.with_tensors(buffer.tensors)
 
-def receive(
-    batch:Batch,                     # as `send` gave it
-    device:torch.device,             # where it should be
-    arrival:'torch.cuda.Event|None', # as `send` gave it
-)->Batch:
-    "The batch on its device, safe to use on the current stream."
-    if arrival is None: return batch if device.type == 'cpu' else batch.to(device)
-    stream = torch.cuda.current_stream(device)
-    stream.wait_event(arrival)
-    for t in (batch.tokens, batch.targets, batch.weights, batch.document): t.record_stream(stream)
-    return batch
+class Transport:
+    "Batches to a device: `send` in a background thread, `receive` where they are used."
+    def __init__(self,
+        device:str|torch.device,   # where they go
+        prefetch:bool=True,        # CUDA: through pinned memory, while earlier batches are computed
+    ):
+        self.device, self._buffers = torch.device(device), deque([(None, None)]*2) # a batch in pinned memory, and the event that the copy out of it is done
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == 'cuda' and prefetch else None
 
-# %% ../../nbs/2_packing/02_loader.ipynb #3a855b8b
+    def send(self, batch:Batch)->tuple[Batch,'torch.cuda.Event|None']: # the batch, perhaps not arrived yet, and the event of its arrival
+        "Start the copy of a batch."
+        if self._copies is None: return batch, None
+        buffer, copied = self._buffers.popleft()
+        if copied is not None: copied.synchronize()
+        with torch.cuda.stream(self._copies):
+            buffer = fill(buffer, batch)
+            there, arrival = buffer.to(self.device, non_blocking=True), self._copies.record_event()
+        self._buffers.append((buffer, arrival))
+        return there, arrival
+
+    def receive(self, batch:Batch, arrival:'torch.cuda.Event|None')->Batch:
+        "The batch on the device, safe to use on the current stream."
+        if arrival is None: return batch if self.device.type == 'cpu' else batch.to(self.device)
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(arrival)
+        for t in batch.tensors: t.record_stream(stream)
+        return batch
+
+# %% ../../nbs/2_packing/02_loader.ipynb #e0f70b53
 def check_same(
     cache:Cache, # the cache of now
     seen:dict,   # `cache.info()` of then
@@ -255,13 +281,48 @@ def check_same(
     if wrong: raise CacheError(f'{cache.path} is not the cache that the checkpoint was made with: {"; ".join(wrong)} (then at {seen["path"]}). '
         'Resume with the data, tokenizer and packing of then, or start a new run.')
 
-def _check_order(state:dict, seed:int, shuffle:bool)->None:
+def check_state(
+    cache:Cache, # the cache of now
+    state:dict,  # of a loader
+    seed:int,    # of now
+    shuffle:bool, # now
+)->None:
+    "Raise `CacheError` unless the order of a state exists here."
+    check_same(cache, state['cache'])
     if (state['seed'], state['shuffle']) != (seed, shuffle): raise CacheError(f'the checkpoint was made with the order of seed {state["seed"]}, '
         f'shuffle {state["shuffle"]}; this run has seed {seed}, shuffle {shuffle}. Set run.seed={state["seed"]}, or start a new run.')
 
 def _check_rows(cache:Cache)->None:
     if not cache.num_rows: raise CacheError(f'{cache.path} has no rows: the {cache.meta["split"]} split of {cache.meta["dataset_name"]} '
         'holds no document. Give more text, or another data.validation_fraction.')
+
+# %% ../../nbs/2_packing/02_loader.ipynb #5ae7baea
+def first_chunks(
+    cache:Cache, # it may know more
+    chunks:int,  # the first so many
+)->dict: # as `cache.info()`
+    "What a state remembers of a cache of which only the first chunks are used."
+    info = cache.info()
+    if chunks == info['total_chunks']: return info
+    return info | dict(total_chunks=chunks, total_sequences=int(cache.offsets[chunks]), fingerprint=cache.fingerprint_of(chunks))
+
+def history_now(
+    state:dict, # of a loader
+    chunks:int, # that there are now
+)->list[list[int]]: # [position, chunks], ...
+    "The history of a state; if there are more chunks now, they join at its position."
+    history = [list(h) for h in state.get('history') or [[0, state['cache']['total_chunks']]]] # (not in checkpoints of before there was growth)
+    if chunks == history[-1][1]: return history
+    return [*(h for h in history if h[0] < state['position']), [state['position'], chunks]] # no row was drawn from a growth at this very position
+
+# %% ../../nbs/2_packing/02_loader.ipynb #5853919e
+def grown_since(
+    cache:Cache, # the cache of now
+    state:dict,  # of a loader
+)->tuple[int,int]|None: # rows before and now; None: the same
+    "How much a cache grew since a state."
+    before, now = (int(cache.offsets[chunks]) for chunks in (state['cache']['total_chunks'], -1))
+    return (before, now) if now > before else None
 
 # %% ../../nbs/2_packing/02_loader.ipynb #75b34a78
 WINDOW_TOKENS = 1 << 27 # tokens that are shuffled together: 256 MiB in 16 bits
@@ -272,7 +333,7 @@ def window_chunks(
     "How many of its chunks are shuffled together, where nobody says otherwise: as many as `WINDOW_TOKENS` make."
     return max(1, WINDOW_TOKENS//(cache.meta['params']['chunk_rows']*(cache.seq_len+1)))
 
-# %% ../../nbs/2_packing/02_loader.ipynb #cf687046
+# %% ../../nbs/2_packing/02_loader.ipynb #bec84c7c
 class Loader:
     "Endless batches of one rank. `position` counts the rows that all ranks were given so far."
     def __init__(self,
@@ -291,61 +352,47 @@ class Loader:
     ):
         assert batch_rows > 0 and 0 <= rank < world and 0 < fraction <= 1, (batch_rows, rank, world, fraction)
         _check_rows(cache)
-        self.cache, self.batch_rows, self.rank, self.world, self.workers = cache, batch_rows, rank, world, workers
-        self.seed, self.shuffle, self.device, self.fraction = seed, shuffle, torch.device(device), fraction
-        self.grown:tuple[int,int]|None = None # rows of the cache before and after it grew, if it did so at the last `load_state_dict`
-        self._copies = torch.cuda.Stream(self.device) if self.device.type == 'cuda' and device_prefetch and workers else None
-        self._ahead = Ahead(self._make, batch_rows*world, workers)
-        self._reader:Reader|None = None
+        self.cache, self.batch_rows, self.rank, self.world, self.workers, self.seed, self.shuffle, self.fraction = cache, batch_rows, rank, world, workers, seed, shuffle, fraction
+        self.grown:tuple[int,int]|None = None # rows before and after, if the cache had grown at the last `load_state_dict`
+        self._ahead, self._transport = Ahead(self._make, batch_rows*world, workers), Transport(device, device_prefetch and workers > 0)
         self._go_to(0, window or window_chunks(cache), [[0, len(cache.offsets)-1]])
 
     def _go_to(self, position:int, window:int, history:list)->None:
-        self.close()
         self.position, self.window = position, window
         self.order = Order(np.diff(self.cache.offsets[:history[-1][1]+1]), self.seed, window, self.shuffle, history)
+        self.rows_per_epoch = max(1, int(self.order.eras[-1].rows*self.fraction)) # as the cache is now
         self._reader = Reader(self.cache, self.order, max(1, self.workers), ahead=self.workers > 0)
-
-    @property
-    def rows_per_epoch(self)->int:
-        "Rows of an epoch, as the cache is now."
-        return max(1, int(self.order.eras[-1].rows*self.fraction))
-
-    def end_of(self, epochs:float)->int:
-        "The position where so many epochs end. An epoch in which the cache grew ends with its last new row."
-        return self.order.end_of(epochs, self.fraction)
 
     def _make(self, position:int)->tuple: # batch, arrival
         place = position + self.rank*self.batch_rows
-        batch = self._reader.batch(place, self.batch_rows)
-        batch.place = place
-        return send(batch, self.device, self._copies)
+        return self._transport.send(self._reader.batch(place, self.batch_rows, place))
+
+    def end_of(self, epochs:float)->int:
+        "The position where so many epochs end. One in which the cache grew ends with its last new row."
+        return self.order.end_of(epochs, self.fraction)
 
     def __iter__(self)->'Loader': return self
     def __next__(self)->Batch:
         batch, arrival = self._ahead.take(self.position)
         self.position += self.batch_rows*self.world
-        return receive(batch, self.device, arrival)
+        return self._transport.receive(batch, arrival)
 
     def state_dict(self)->dict:
         "Where the next batch comes from; a few numbers, the same on every rank."
-        info, chunks = self.cache.info(), self.order.history[-1][1]
-        if chunks < info['total_chunks']: info |= dict(total_chunks=chunks, total_sequences=int(self.cache.offsets[chunks]), fingerprint=self.cache.fingerprint_of(chunks))
-        return dict(position=self.position, seed=self.seed, shuffle=self.shuffle, window=self.window, history=self.order.history, cache=info)
+        o = self.order
+        return dict(position=self.position, seed=self.seed, shuffle=self.shuffle, window=self.window, history=o.history, cache=first_chunks(self.cache, len(o.chunk_rows)))
 
     def load_state_dict(self, state:dict)->None:
         "Go to where a state was taken, with any number of ranks and rows. Raises `CacheError` where that order does not exist here."
-        check_same(self.cache, state['cache'])
-        _check_order(state, self.seed, self.shuffle)
-        position, before, now = state['position'], state['cache']['total_chunks'], len(self.cache.offsets)-1
-        history = [list(h) for h in state.get('history', [[0, before]])] # (not in checkpoints of before there was growth)
-        if now > before: history = [*(h for h in history if h[0] < position), [position, now]] # nothing was drawn from a growth at this very position
-        self.grown = (int(self.cache.offsets[before]), int(self.cache.offsets[now])) if now > before else None
-        self._go_to(position, state['window'], history)
+        check_state(self.cache, state, self.seed, self.shuffle)
+        self.close()
+        self.grown = grown_since(self.cache, state)
+        self._go_to(state['position'], state['window'], history_now(state, len(self.cache.offsets)-1))
 
     def close(self)->None:
         "End the background threads. `next` starts them again."
         self._ahead.close()
-        if self._reader: self._reader.close()
+        self._reader.close()
 
 # %% ../../nbs/2_packing/02_loader.ipynb #33f81373
 def in_order(
