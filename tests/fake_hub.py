@@ -1,5 +1,5 @@
 "A Hugging Face hub on loopback: as much of its protocol as huggingface_hub and datasets speak, and every way of failing on demand."
-import hashlib, json, re, threading, time
+import functools, hashlib, json, re, threading, time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -107,11 +107,12 @@ class FakeHub:
 
 
 def is_large(file): return file.endswith(('.parquet', '.gz', '.zst')) # kept in LFS, known by the sha256 of the content; others by that of git
+@functools.lru_cache
 def oid(file, data): return hashlib.sha256(data).hexdigest() if is_large(file) else hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 def sha(files): return hashlib.sha1(json.dumps(sorted((f, oid(f, d)) for f, d in files.items())).encode()).hexdigest()
 def is_folder(path, files): return any(f.startswith(path+'/') for f in files)
 
 
 def entry(file, data):
-    about = dict(type='file', path=file, size=len(data), oid=hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest())
+    about = dict(type='file', path=file, size=len(data), oid=oid('', data))
     return about | (dict(lfs=dict(oid=oid(file, data), size=len(data), pointerSize=134)) if is_large(file) else {})

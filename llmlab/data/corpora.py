@@ -6,7 +6,7 @@
 __all__ = ['GRAMMAR', 'HUB', 'Document', 'hash_share', 'tail_cut', 'Corpus', 'Story', 'story', 'story_entropy', 'docstrings',
            'decode_text', 'checked_text', 'list_files', 'HubDataset', 'open_corpus']
 
-# %% ../../nbs/1_data/00_corpora.ipynb #41c9aeb2
+# %% ../../nbs/1_data/00_corpora.ipynb #605776fd
 import ast, difflib, functools, gzip, importlib.util, itertools, json, math, os, re, sys, sysconfig, traceback, warnings, zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 import xxhash
 from ..config import Data
-from .hub import Listing, fetch, find_here, list_hub, list_local, parquet_rows, read_in_turn, say_here
+from .hub import Listing, estimate_text, fetch, list_hub, list_local, parquet_footer, read_in_turn, say_here
 from ..files import DataError, hash_file, hash_json
 
 # %% ../../nbs/1_data/00_corpora.ipynb #31d0f004
@@ -304,10 +304,10 @@ def _from_line(raw:bytes, path:Path, column:str, number:int, offset:int)->str:
 def _no_column(place:str, column:str, columns:Iterable[str])->str:
     return f'{place}: no column {column!r}. The columns are {", ".join(map(str, columns)) or "none"}; choose one with data.text_column.'
 
-# %% ../../nbs/1_data/00_corpora.ipynb #5693199d
+# %% ../../nbs/1_data/00_corpora.ipynb #fc0d25db
 def _parquet(path:Path):
     import pyarrow, pyarrow.parquet
-    try: return pyarrow.parquet.ParquetFile(path)
+    try: return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) # as it comes, all row groups would be held in memory: 2 GB of a file of FineWeb
     except pyarrow.ArrowInvalid as e: raise DataError(f'{path}: not a parquet file, or cut short ({str(e).splitlines()[0]}). Copy or download it again.') from e
 
 def _read_rows(path:Path, column:str, start:int)->Iterator[str]:
@@ -469,16 +469,12 @@ def _other_rows(of:Listing, path:Path, column:str, start:int)->Iterator[str]:
         if column not in row: raise DataError(_no_column(str(path), column, row))
         yield checked_text(row[column], f'{path}, row {n}')
 
-# %% ../../nbs/1_data/00_corpora.ipynb #d08b8b52
+# %% ../../nbs/1_data/00_corpora.ipynb #547bb15a
 def _count_file(of:Listing, index:int, column:str, say:Callable[[str], None])->int:
     "Rows of a file of a dataset."
-    if (path := find_here(of, index)) is None and of.kind == 'parquet' and not _offline(): return parquet_rows(of, index, say)
-    path = path or fetch(of, index, say)
+    if of.kind == 'parquet': return parquet_footer(of, index, say).num_rows
+    path = fetch(of, index, say)
     return _formats[_ending(path)][1](path) if _ending(path) in _ours else sum(1 for _ in _hub_rows(of, path, column, 0))
-
-def _offline()->bool:
-    from huggingface_hub import constants
-    return constants.is_offline_mode()
 
 def _find_row(of:Listing, start:int, column:str, say:Callable[[str], None])->tuple[int, int]:
     "The file that has document `start`, and its row there."
@@ -491,7 +487,7 @@ def _find_row(of:Listing, start:int, column:str, say:Callable[[str], None])->tup
     of.learn(counted)
     return index, start
 
-# %% ../../nbs/1_data/00_corpora.ipynb #5db76fbb
+# %% ../../nbs/1_data/00_corpora.ipynb #e041c6c1
 def _open_hub(data:Data, base:Path|None, say:Callable[[str], None]=say_here)->Corpus:
     of = _hub_dataset(data, base)
     if data.split == 'tail': raise DataError(f'data.split=tail needs to know the end of the text, and {of.path} has many files. Take data.split=hash.')
@@ -502,8 +498,8 @@ def _open_hub(data:Data, base:Path|None, say:Callable[[str], None]=say_here)->Co
         first, row = _find_row(files, start, of.text_column, say)
         for text in read_in_turn(files, first, row, lambda path, row: _hub_rows(files, path, of.text_column, row), lambda i, stopped: fetch(files, i, say, stopped=stopped)): yield text, text
     def identity()->object: return ['hub', listing().kind, listing().options, [f.oid for f in listing().files], of.text_column]
-    name = data.name if data.name in HUB else Path(of.path).name
-    return Corpus(name, of.licence, texts, identity, lambda: None if data.max_documents else of.size)
+    def size()->int|None: return None if data.max_documents else of.size or estimate_text(listing(), of.text_column, say)
+    return Corpus(data.name if data.name in HUB else Path(of.path).name, of.licence, texts, identity, size)
 
 # %% ../../nbs/1_data/00_corpora.ipynb #e6af28ba
 _kinds:dict[str, Callable[[Data, Path|None], Corpus]] = {

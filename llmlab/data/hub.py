@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['trouble', 'backoff', 'say_here', 'ask_hub', 'HubFile', 'Listing', 'list_hub', 'list_local', 'find_here', 'fetch',
-           'parquet_rows', 'read_in_turn']
+           'parquet_footer', 'estimate_text', 'read_in_turn']
 
 # %% ../../nbs/1_data/001_hub.ipynb #d4bf20fb
 import contextlib, email.utils, hashlib, itertools, os, random, re, sys, threading, time
@@ -56,7 +56,7 @@ def say_here(line:str)->None:
     "Say a line on the standard error."
     print(line, file=sys.stderr, flush=True)
 
-# %% ../../nbs/1_data/001_hub.ipynb #1f453f9a
+# %% ../../nbs/1_data/001_hub.ipynb #1c427b63
 def _refusal(repo:str, e:Exception)->DataError:
     "What to do about an error that lasts."
     from huggingface_hub import errors
@@ -67,7 +67,8 @@ def _refusal(repo:str, e:Exception)->DataError:
         (errors.RemoteEntryNotFoundError, 'a file that it lists is not there. Look at its page, or choose another data.revision.'),
         (errors.OfflineModeIsEnabled, 'hub libraries are told that there is no network. Leave out --offline (or HF_HUB_OFFLINE).'),
     ]
-    advice = next((text for kind, text in known if any(isinstance(c, kind) for c in _chain(e))), None)
+    if 'gated dataset' in str(e): advice = known[0][1] # datasets (5.2) drops the cause
+    else: advice = next((text for kind, text in known if any(isinstance(c, kind) for c in _chain(e))), None)
     first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
     return DataError(f'cannot read the dataset {repo}: ' + (advice or f'{first} Look at {page}; if you may read it there, log in on this machine: hf auth login.'))
 
@@ -95,7 +96,7 @@ def ask_hub(
             say(f'{what}: {found[0]}; asking again in {seconds:.0f} s ({failed} of {attempts-1})')
             wait(seconds)
 
-# %% ../../nbs/1_data/001_hub.ipynb #25b916d6
+# %% ../../nbs/1_data/001_hub.ipynb #28a3ff1b
 class HubFile(NamedTuple):
     "A file of a dataset."
     name:str # path in the repository; of a local dataset the path itself
@@ -110,7 +111,8 @@ class Listing:
     kind:str           # the format, as `datasets` calls it: parquet, json, csv, text, ...
     options:dict       # of the format, as the dataset's card states them
     files:list[HubFile]
-    rows:dict[str, int] = field(default_factory=dict) # of the files that were counted, by their hash
+    rows:dict[str, int] = field(default_factory=dict)       # of the files that were counted, by their hash
+    text_bytes:dict[str, int] = field(default_factory=dict) # of all files together, about, by the column
     note:str|None = None # the file that it is written down in
 
     def __post_init__(self): self.files = [HubFile(*f) for f in self.files] # from JSON
@@ -119,6 +121,9 @@ class Listing:
         "Remember how many rows some files have, by their hashes."
         if rows.items() <= self.rows.items(): return
         self.rows |= rows
+        self.save()
+
+    def save(self)->None:
         if self.note: write_json(self.note, asdict(self), DataError)
 
 # %% ../../nbs/1_data/001_hub.ipynb #ea62a654
@@ -149,7 +154,7 @@ def _resolve(repo:str, subset:str|None, split:str, commit:str)->Listing:
     files = [HubFile(n, about[n].size, about[n].lfs.sha256 if about[n].lfs else about[n].blob_id) for n in names]
     return Listing(repo, commit, builder.name, _options(builder.config), files)
 
-# %% ../../nbs/1_data/001_hub.ipynb #30c007de
+# %% ../../nbs/1_data/001_hub.ipynb #16d9dacb
 def list_hub(
     repo:str,                                  # owner/name
     subset:str|None=None,                      # the configuration; None: the only one, or the one that the card calls default
@@ -165,7 +170,8 @@ def list_hub(
     if constants.is_offline_mode():
         if known: return known
         raise DataError(f'the dataset {repo} (subset {subset}, split {split}, revision {revision or "main"}) was never read on this machine, and there is no network (--offline or HF_HUB_OFFLINE). '
-            f'Read it once with one; or fetch it elsewhere (hf download {repo} --repo-type dataset --local-dir FOLDER), bring the folder here, and set data.name=hub data.path=FOLDER.')
+            f'Run the same once with a network on a machine that shares the cache (HF_HOME); or fetch its files elsewhere (hf download {repo} --repo-type dataset --local-dir FOLDER), '
+            'bring the folder here, and set data.name=hub data.path=FOLDER; or take data.name=python or stories.')
     ask = lambda call: ask_hub(call, repo, say, wait, attempts=6)
     commit = ask(lambda: HfApi().dataset_info(repo, revision=revision, timeout=30).sha)
     if known and known.commit == commit: return known
@@ -205,13 +211,13 @@ def _hash_as_hub(path:Path, oid:str)->str:
 
 class _Stopped(Exception): "Nobody waits for this file any more."
 
-# %% ../../nbs/1_data/001_hub.ipynb #066e4396
+# %% ../../nbs/1_data/001_hub.ipynb #52bd5852
 def _complete(of:Listing, file:HubFile, part:Path, stopped:Callable[[], bool])->None:
     "Append to `part` what it lacks of a file. Raises ConnectionError where what arrived is not the file."
     have = part.stat().st_size if part.exists() else 0
     if have < file.size:
         with _get(of.repo, of.commit, file.name, have) as response, open(part, 'ab' if response.status_code == 206 else 'wb') as f:
-            for piece in response.iter_bytes(1 << 18):
+            for piece in response.iter_raw(): # as it arrives: in pieces of a fixed size, the last one would be lost with the line
                 f.write(piece)
                 if stopped(): raise _Stopped
             f.flush(); os.fsync(f.fileno())
@@ -254,23 +260,42 @@ def fetch(
                 os.replace(part, blob)
         return Path(ask_hub(lambda: hf_hub_download(of.repo, file.name, repo_type='dataset', revision=of.commit), what, say, wait)) # finds the blob, links it
 
-# %% ../../nbs/1_data/001_hub.ipynb #f298865d
-def parquet_rows(
+# %% ../../nbs/1_data/001_hub.ipynb #581dfaf6
+def parquet_footer(
     of:Listing,
     index:int,                                 # of the file
-    say:Callable[[str], None]=say_here,            # told of each wait
+    say:Callable[[str], None]=say_here,        # told of each wait
     wait:Callable[[float], object]=time.sleep, # waits so many seconds
-)->int:
-    "Rows of a parquet file of the hub; reads its footer, one or two small requests."
+)->Any: # pyarrow's FileMetaData
+    "What a parquet file says of itself. Of a file that is not here it reads the footer only: one or two small requests."
     import pyarrow, pyarrow.parquet
-    file = of.files[index]
+    from huggingface_hub import constants
+    file, path = of.files[index], fetch(of, index) if constants.is_offline_mode() else find_here(of, index)
     def last(n:int)->bytes:
         with _get(of.repo, of.commit, file.name, max(0, file.size-n)) as response: return response.read()[-n:]
-    ask = lambda n: ask_hub(lambda: last(n), f'{of.repo}: {file.name}', say, wait)
-    footer = ask(1 << 16)
-    if (size := int.from_bytes(footer[-8:-4], 'little')+8) > len(footer): footer = ask(size)
-    try: return pyarrow.parquet.read_metadata(pyarrow.BufferReader(footer)).num_rows
-    except pyarrow.ArrowInvalid as e: raise DataError(f'{of.repo}: {file.name} is no parquet file ({str(e).splitlines()[0]}).') from e
+    def ask(n:int)->bytes: return ask_hub(lambda: last(n), f'{of.repo}: {file.name}', say, wait)
+    try:
+        if path: return pyarrow.parquet.read_metadata(path)
+        footer = ask(1 << 16)
+        if (size := int.from_bytes(footer[-8:-4], 'little')+8) > len(footer): footer = ask(size)
+        return pyarrow.parquet.read_metadata(pyarrow.BufferReader(footer))
+    except pyarrow.ArrowInvalid as e: raise DataError(f'{path or f"{of.repo}: {file.name}"}: not a parquet file, or cut short ({str(e).splitlines()[0]}). Copy or download it again.') from e
+
+# %% ../../nbs/1_data/001_hub.ipynb #df8f32ca
+def estimate_text(
+    of:Listing,
+    column:str,                         # holds the text
+    say:Callable[[str], None]=say_here, # told of each wait
+)->int|None: # bytes; None where the format does not say
+    "About how much text a split has. Reads one footer, once."
+    if of.kind != 'parquet' or not of.files: return None
+    if column not in of.text_bytes:
+        about = parquet_footer(of, 0, say)
+        chunks = [c for g in range(about.num_row_groups) for i in range(about.num_columns) if (c := about.row_group(g).column(i)).path_in_schema == column]
+        text = sum(c.total_uncompressed_size-4*c.num_values for c in chunks) # 4 bytes before each text say how long it is
+        of.text_bytes[column] = round(text*sum(f.size for f in of.files)/of.files[0].size)
+        of.save()
+    return of.text_bytes[column] or None
 
 # %% ../../nbs/1_data/001_hub.ipynb #f94af317
 def _begin(call:Callable, *args:object)->Future:
