@@ -93,7 +93,7 @@ def test_a_step_without_targets_moves_nothing_by_gradient():
 class Memory:
     "A listener that remembers."
     def __init__(self): self.records = {}
-    def log(self, metrics, step): self.records[step] = {k: v for k, v in metrics.items() if k not in ('train/tokens_per_sec', 'train/memory_gb', 'train/mfu')}
+    def log(self, metrics, step): self.records[step] = {k: v for k, v in metrics.items() if k not in ('train/tokens_per_sec', 'train/data_wait', 'train/memory_gb', 'train/mfu')}
     def finish(self, state): pass
 
 
@@ -161,11 +161,11 @@ def test_one_record_a_step(tmp_path):
         state = fit(network, Count(), Loader(), build_optimizer(network, Optim()), total_steps=10, log_every=5, hooks=[every(5, lambda s: {'val/loss': 1.})], tracker=tracker, flops_per_token=1e3)
     records = read_jsonl(tmp_path/'metrics.jsonl')
     assert [r['step'] for r in records] == [5, 10]
-    assert set(records[1]) == {'step', 'time', 'val/loss'} | {f'train/{k}' for k in ('loss', 'accuracy', 'perplexity', 'lr', 'tokens_per_sec', 'grad_norm', 'mfu', 'memory_gb')}
+    assert set(records[1]) == {'step', 'time', 'val/loss'} | {f'train/{k}' for k in ('loss', 'accuracy', 'perplexity', 'lr', 'tokens_per_sec', 'data_wait', 'grad_norm', 'mfu', 'memory_gb')}
     assert (state.tokens, state.rows) == (10*4*8, 40) and state.seconds > 0
 
 
-def test_the_clock_counts_training_and_waiting_but_no_hooks_and_no_saving(monkeypatch):
+def test_the_clock_counts_training_and_waiting_apart_but_no_hooks_and_no_saving(monkeypatch):
     "A clock that only sleeping moves: no measurement."
     now = [0.]
     def sleep(seconds): now[0] += seconds
@@ -179,13 +179,18 @@ def test_the_clock_counts_training_and_waiting_but_no_hooks_and_no_saving(monkey
             for batch in super().__iter__():
                 sleep(1)
                 yield batch
-    speeds = []
+    speeds, waits = [], []
     class Speed(Memory):
-        def log(self, metrics, step): sleep(1000); speeds.append(metrics.get('train/tokens_per_sec'))
+        def log(self, metrics, step): sleep(1000); speeds.append(metrics.get('train/tokens_per_sec')); waits.append(metrics.get('train/data_wait'))
     network = net()
     state = fit(network, Slow(), Waits(), build_optimizer(network, Optim()), total_steps=12, log_every=3, hooks=[every(2, lambda s: sleep(50) or {'val/loss': 1.})], save=lambda s: sleep(100), save_every=4,
                 tracker=Tracker([Speed()]))
     assert state.seconds == 12*3 and [s for s in speeds if s] == [32/3]*4
+    assert [w for w in waits if w is not None] == pytest.approx([1/3]*4)
+
+    from llmlab.trainer.tracking import progress_line
+    line = lambda wait: progress_line(3, 12, {'train/loss': 2., 'train/data_wait': wait})
+    assert line(1/3).endswith('33% waiting for data') and 'waiting' not in line(.01)
 
 
 def test_the_logged_loss_is_the_mean_over_all_targets():

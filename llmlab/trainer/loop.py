@@ -196,10 +196,10 @@ def every(
     "A hook: `every(500, validate)`."
     return Hook(n, do)
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #4e9a6b59
+# %% ../../nbs/4_trainer/04_loop.ipynb #35c18976
 class Clock:
     "Training time, with pauses left out."
-    def __init__(self, state:TrainState): self.state, self.mark, self.last = state, time.perf_counter(), (state.tokens, state.seconds)
+    def __init__(self, state:TrainState): self.state, self.mark, self.last, self.waited = state, time.perf_counter(), (state.tokens, state.seconds), 0.
     def tick(self)->None:
         "Count the time since the last call as training."
         now = time.perf_counter()
@@ -207,10 +207,17 @@ class Clock:
     def pause_ends(self)->None:
         "Forget the time since the last call."
         self.mark = time.perf_counter()
-    def speed(self)->float|None: # tokens a second; None if nothing was done
-        "Tokens per second of training since the last call."
-        (tokens, seconds), self.last = self.last, (self.state.tokens, self.state.seconds)
-        return (self.state.tokens-tokens)/(self.state.seconds-seconds) if self.state.seconds > seconds else None
+    @contextlib.contextmanager
+    def waiting(self)->Iterator[None]:
+        "What happens in the block is waiting for data."
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter()-began
+    def speed(self)->tuple[float|None,float|None]: # tokens a second, and the share of the time that was waiting for data; None if nothing was done
+        "Of training since the last call."
+        (tokens, seconds), self.last, waited, self.waited = self.last, (self.state.tokens, self.state.seconds), self.waited, 0.
+        if self.state.seconds <= seconds: return None, None
+        return (self.state.tokens-tokens)/(self.state.seconds-seconds), min(waited/(self.state.seconds-seconds), 1.)
 
 def training_metrics(
     means:dict[str, float], # of the window: loss, grad_norm, and the objective's parts
@@ -218,11 +225,13 @@ def training_metrics(
     speed:float|None, # tokens a second
     flops:float|None, # share of the machine's peak that one token a second uses; None: unknown
     memory:float, # GB
+    wait:float|None=None, # share of the time that was waiting for data
 )->dict[str, float]: # under the names that all listeners know
     "The training metrics of a log line."
     metrics = {f'train/{k}': v for k, v in means.items()} | {'train/lr': lr, 'train/memory_gb': memory}
     if 'loss' in means: metrics['train/perplexity'] = math.exp(means['loss']) if means['loss'] < 700 else math.inf
     if speed is not None: metrics['train/tokens_per_sec'] = speed
+    if wait is not None: metrics['train/data_wait'] = wait
     if speed is not None and flops is not None: metrics['train/mfu'] = speed*flops
     return metrics
 
@@ -284,7 +293,7 @@ def count(
         window.add('loss', loss.sum, batch.num_targets)
         for name, (total, number) in loss.parts.items(): window.add(name, total, number)
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #ac91f0cc
+# %% ../../nbs/4_trainer/04_loop.ipynb #03cf2d17
 @dataclass
 class Between:
     "What follows a step, and the objects of the run that it needs."
@@ -314,7 +323,8 @@ class Between:
         if self._due([self.log]):
             self.clock.tick()
             lr = self.optimizer.param_groups[0]['initial_lr']*self.rate(state.global_step-1)
-            metrics = training_metrics(self.window.means(), lr, self.clock.speed(), self.flops, memory_gb(self.machine.device))
+            speed, wait = self.clock.speed()
+            metrics = training_metrics(self.window.means(), lr, speed, self.flops, memory_gb(self.machine.device), wait)
         if due := self._due(self.hooks):
             self.clock.tick()
             for hook in due: metrics |= hook.do(state) or {}
@@ -338,7 +348,7 @@ class Between:
         if self.save: self.tracker.say(f'{why}: step {self.state.global_step:,} is done; saving, then leaving. (Ctrl-C now leaves without saving.)')
         raise Stopped(why, self.state.global_step, self.write())
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #1e1d67ab
+# %% ../../nbs/4_trainer/04_loop.ipynb #28dd0c11
 def compiled(
     objective:Objective, # `one_graph`: may its loss be compiled as a whole? (yes, where it does not say)
     network:nn.Module, # else it is compiled, in place
@@ -385,7 +395,8 @@ def fit(
     with stop_signals() as request:
         if not state.settled: between.settle()
         while state.global_step < total_steps:
-            micro, step = take(batches, accumulation, machine.device), state.global_step+1
+            step = state.global_step+1
+            with between.clock.waiting(): micro = take(batches, accumulation, machine.device)
             optimizer.set_rate(rate(state.global_step))
             given, losses = accumulate(loss_of, network, micro, machine, scaler, generator)
             norm = move(optimizer, scaler, clip, lambda norm: watch.look(step, micro, losses, norm), state)

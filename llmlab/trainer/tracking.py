@@ -199,7 +199,7 @@ class WandB:
     def ids(self)->dict: return {'wandb': self.run.id}
     def finish(self, state:str='done')->None: self.run.finish(exit_code=int(state == 'failed'))
 
-# %% ../../nbs/4_trainer/03_tracking.ipynb #e4fd6ba1
+# %% ../../nbs/4_trainer/03_tracking.ipynb #c70bdf9b
 def clock_time(seconds:float)->str:
     "Hours and minutes (`04:23h`) or, under an hour, minutes and seconds (`04:23m`)."
     minutes, hours = int(seconds)//60, int(seconds)//3600
@@ -218,6 +218,7 @@ def progress_line(
     if (v := get('train/tokens_per_sec')) is not None: parts.append(f'{v:,.0f} tok/s')
     if left is not None: parts.append(f'ETA: {clock_time(left)}')
     if (v := get('train/mfu')) is not None: parts.append(f'{v:.0%} of peak')
+    if (v := get('train/data_wait')) is not None and v > .03: parts.append(f'{v:.0%} waiting for data')
     if (v := get('train/memory_gb')) is not None: parts.append(f'{v:.1f} GB')
     return ' | '.join(parts)
 
