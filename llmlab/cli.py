@@ -97,12 +97,19 @@ def train(
     try: print(pretrain(cfg, resume=folder, limit=parse_limit(stop_after) if stop_after else Limit()))
     except Stopped as e: raise RunAgain(f'{e}\nGo on with: llmlab_train --resume' + (f' {e.checkpoint.parent.parent}' if e.checkpoint else '')) from e
 
-# %% ../nbs/90_cli.ipynb #27957da7
+# %% ../nbs/90_cli.ipynb #8b8d6cd3
 def _check_prepare(mode:str, force:bool, start:int, end:int|None)->None:
     "Options of llmlab_prepare that contradict each other."
     if mode == 'inverse' and (force or start or end is not None): raise ConfigError('--mode inverse looks at everything and mends what is wrong: --force-rebuild, --start-chunk and --end-chunk have no use with it.')
     if start < 0 or end is not None and end <= start: raise ConfigError(f'chunks {start} to {end} (--start-chunk, --end-chunk): the range is empty. The end is the first chunk that is not built.')
     if force and (start or end is not None): raise ConfigError('--force-rebuild throws the whole cache away, --start-chunk and --end-chunk build a part: first the one, then the other.')
+
+def _report(caches:list, tokenizer, where:str)->None:
+    "What is in the caches, on the screen or in a file."
+    from llmlab.packing.inspect import print_report, report as look, write_report
+    reports = [look(c, tokenizer) for c in caches]
+    if where == '-': print_report(reports)
+    else: print(f'Report: {write_report(reports, where)}')
 
 @door
 def prepare(
@@ -114,17 +121,22 @@ def prepare(
     force_rebuild:Param('make the cache again', bool)=False,
     verify:Param('look for damage afterwards; quick: sizes and headers; full, or without a word: every byte', str, nargs='?', const='full', choices=('quick', 'full'))=None,
     export_bins:Param('write the caches as token files (train_tokens.bin, val_tokens.bin, config.json, tokenizer.json) to this folder', str)=None,
+    report:Param('tell what is in the caches: in the terminal, or in FILE.html, FILE.json or FILE.md', str, nargs='?', const='-')=None,
     verbose:_verbose=False,
     offline:_offline=False,
 )->None:
     "Prepare a corpus for training: text to tokenizer to packed cache."
     from llmlab.recipes import prepare as recipe
     _check_prepare(mode, force_rebuild, start_chunk, end_chunk)
+    if report and report != '-':
+        from llmlab.packing.inspect import check_report_name
+        check_report_name(report)
     data = recipe(_settings(config, overrides), force=force_rebuild, mode=mode, start_chunk=start_chunk, end_chunk=end_chunk, verify=verify)
     print(data)
     if export_bins:
         from llmlab.packing.bins import export_bins as write
         print(f'Token files: {write({"train": data.train, "validation": data.validation}, export_bins, data.tokenizer)}')
+    if report: _report([c for c in (data.train, data.validation) if c is not None], data.tokenizer, report)
 
 # %% ../nbs/90_cli.ipynb #ded0566a
 def _options(text:str|None)->dict|None: # 'steps=16,order=prob' -> {'steps': 16, 'order': 'prob'}

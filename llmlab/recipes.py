@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'tokenizer_folder', 'prepare_tokenizer', 'Prepared', 'check_cache', 'full_rows',
            'prepare', 'Parts', 'build', 'validator', 'settle_shift', 'begin_from', 'checkpoint_of', 'Result',
-           'open_run', 'resume_settings', 'settle_length', 'pretrain', 'summary', 'open_trained', 'held_out',
-           'chosen_metrics', 'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'evaluate', 'generate',
-           'gaps', 'fill']
+           'write_down', 'open_run', 'resume_settings', 'settle_length', 'pretrain', 'summary', 'open_trained',
+           'held_out', 'chosen_metrics', 'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'evaluate',
+           'generate', 'gaps', 'fill']
 
-# %% ../nbs/80_recipes.ipynb #69d24ac9
+# %% ../nbs/80_recipes.ipynb #5b22a5d1
 import contextlib, fcntl, functools, json, math, re, time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
+import llmlab.packing.inspect # gives Cache its display in a notebook
 from .config import Config, Run, load_config
 from .data.corpora import Corpus, open_corpus
 from .data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
@@ -319,13 +320,21 @@ class Result:
         for s in self.samples[:2]: lines += ['', f'  sample: {s["prompt"]!r} goes on', *('    '+l for l in (s['prompt']+s['text']).splitlines())]
         return '\n'.join(lines)
 
-# %% ../nbs/80_recipes.ipynb #a54c7541
+# %% ../nbs/80_recipes.ipynb #d9739b68
+def write_down(
+    cfg:Config, # all settings
+    folder:Path, # the run folder
+)->None:
+    "Write settings and environment of a run."
+    cfg.save(folder/'config.yaml')
+    write_json(folder/'environment.json', environment())
+
 def open_run(
     cfg:Config, # all settings
     resume:Path|None, # a run folder to go on with; None: a new one
     say:Callable[[str], None]=print, # told where the run is
 )->tuple[Path, dict|None]: # the run folder, and the checkpoint to go on from
-    "The folder of a run, with its settings and environment written down."
+    "The folder of a run. Its settings are written down, unless it goes on from a checkpoint: then once that has worked (`write_down`)."
     folder = resume or create(cfg.run, names_of(cfg))
     checkpoint = None
     if resume:
@@ -333,8 +342,7 @@ def open_run(
         newest = latest(folder/'checkpoints', say)
         checkpoint = load_checkpoint(newest) if newest else None
         if checkpoint: rewind(folder/'checkpoints', checkpoint['global_step'])
-    cfg.save(folder/'config.yaml')
-    write_json(folder/'environment.json', environment())
+    if not checkpoint and not (resume and (folder/'config.yaml').exists()): write_down(cfg, folder)
     say(f'Run {folder}' + (f', going on after step {checkpoint["global_step"]:,}' if checkpoint else ', starting again: it has no checkpoint yet' if resume else ''))
     return folder, checkpoint
 
@@ -372,7 +380,7 @@ def settle_length(
     warm = warmup_steps(state.full_steps, cfg.optim)
     if warm >= parts.steps and cfg.optim.warmup_steps is None: say(f'The warm-up has {warm:,} steps, a share of the {state.full_steps:,} of the whole corpus; what there is of it makes only {parts.steps:,}.')
 
-# %% ../nbs/80_recipes.ipynb #bfb9c0bd
+# %% ../nbs/80_recipes.ipynb #d9197468
 def pretrain(
     cfg:Config, # all settings
     *,
@@ -390,6 +398,7 @@ def pretrain(
     if checkpoint is None and cfg.model.init: begin_from(cfg, parts, say)
     state = _into(parts, checkpoint)
     settle_length(cfg, parts, state, say)
+    write_down(cfg, folder)
     with open_tracker(folder, cfg.tracking, folder.name, (checkpoint or {}).get('tracker_ids'), state.global_step if resume else None, parts.steps, cfg.to_dict(), screen, say) as tracker:
         gather = functools.partial(capture, **parts.stateful(), model_config=parts.network.shape.to_dict(), train_config=cfg.to_dict(), architecture=parts.objective.name,
                                    cache_info=parts.data.train.info(), tracker_ids=tracker.ids())
