@@ -304,7 +304,7 @@ def _from_line(raw:bytes, path:Path, column:str, number:int, offset:int)->str:
 def _no_column(place:str, column:str, columns:Iterable[str])->str:
     return f'{place}: no column {column!r}. The columns are {", ".join(map(str, columns)) or "none"}; choose one with data.text_column.'
 
-# %% ../../nbs/1_data/00_corpora.ipynb #fc0d25db
+# %% ../../nbs/1_data/00_corpora.ipynb #cc880424
 def _parquet(path:Path):
     import pyarrow, pyarrow.parquet
     try: return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) # as it comes, all row groups would be held in memory: 2 GB of a file of FineWeb
@@ -318,7 +318,7 @@ def _read_rows(path:Path, column:str, start:int)->Iterator[str]:
         first, groups = 0, list(range(file.num_row_groups))
         while groups and first + file.metadata.row_group(groups[0]).num_rows <= start: first += file.metadata.row_group(groups.pop(0)).num_rows
         try:
-            for batch in file.iter_batches(1024, row_groups=groups, columns=[column]):
+            for batch in file.iter_batches(256, row_groups=groups, columns=[column]):
                 for row, value in enumerate(batch.column(0).to_pylist(), first):
                     if row >= start: yield checked_text(value, f'{path}, row {row}')
                 first += len(batch)

@@ -154,7 +154,7 @@ def _resolve(repo:str, subset:str|None, split:str, commit:str)->Listing:
     files = [HubFile(n, about[n].size, about[n].lfs.sha256 if about[n].lfs else about[n].blob_id) for n in names]
     return Listing(repo, commit, builder.name, _options(builder.config), files)
 
-# %% ../../nbs/1_data/001_hub.ipynb #16d9dacb
+# %% ../../nbs/1_data/001_hub.ipynb #fc355440
 def list_hub(
     repo:str,                                  # owner/name
     subset:str|None=None,                      # the configuration; None: the only one, or the one that the card calls default
@@ -165,7 +165,7 @@ def list_hub(
 )->Listing:
     "The files of a split. One small question when they are known from before and have not changed; offline, as they were when last asked for."
     from huggingface_hub import HfApi, cached_assets_path, constants
-    note = cached_assets_path('llmlab', repo, 'hub')/f'{hash_json([subset, split, revision])}.json'
+    note = cached_assets_path('llmlab', repo, 'hub')/f'{hash_json([1, subset, split, revision])}.json'
     known = Listing(**read_json(note, DataError)) if note.exists() else None
     if constants.is_offline_mode():
         if known: return known
@@ -211,7 +211,7 @@ def _hash_as_hub(path:Path, oid:str)->str:
 
 class _Stopped(Exception): "Nobody waits for this file any more."
 
-# %% ../../nbs/1_data/001_hub.ipynb #52bd5852
+# %% ../../nbs/1_data/001_hub.ipynb #ed485c6c
 def _complete(of:Listing, file:HubFile, part:Path, stopped:Callable[[], bool])->None:
     "Append to `part` what it lacks of a file. Raises ConnectionError where what arrived is not the file."
     have = part.stat().st_size if part.exists() else 0
@@ -250,11 +250,12 @@ def fetch(
     what = f'{of.repo}: {file.name}'
     if constants.is_offline_mode(): raise DataError(f'{what} ({file.size/1e6:,.0f} MB) was not fetched yet, and there is no network (--offline or HF_HUB_OFFLINE). '
         f'Run the same once with a network, or: hf download {of.repo} {file.name} --repo-type dataset --revision {of.commit}')
-    blob = Path(constants.HF_HUB_CACHE)/repo_folder_name(repo_id=of.repo, repo_type='dataset')/'blobs'/file.oid
+    cache, folder = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=of.repo, repo_type='dataset')
+    blob, lock = cache/folder/'blobs'/file.oid, cache/'.locks'/folder/f'{file.oid}.lock'
     part = blob.with_name(f'{file.oid}.incomplete')
     with disk_errors(blob, DataError):
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(f'{part}.lock'): # let go when its holder dies
+        for p in (blob, lock): p.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock): # the one that huggingface_hub takes; let go when its holder dies
             if not blob.exists():
                 ask_hub(lambda: _complete(of, file, part, stopped), what, say, wait, lambda: part.stat().st_size if part.exists() else 0)
                 os.replace(part, blob)
