@@ -9,10 +9,11 @@ class FakeHub:
     """Datasets by revision, served as the hub serves them: `repos['owner/name']['main'] = {'data/0.parquet': b'...'}`.
 
     `fail` holds (regular expression of 'GET /path', what to do, how many times): 'status' answers so, with 'headers'; 'cut' sends so many bytes of a body
-    and drops the line; 'slow' waits so many seconds before each piece; 'wrong' flips a byte. `log` holds every request: method, path, range."""
+    and drops the line; 'slow' waits so many seconds before each piece; 'wrong' flips a byte. `log` holds every request: method, path, range.
+    Large files are sent by another host (localhost), to which the hub redirects; `leaked` counts the requests that came there with a token."""
 
     def __init__(self):
-        self.repos, self.fail, self.log, self.served = {}, [], [], Counter()
+        self.repos, self.fail, self.log, self.served, self.signed, self.leaked = {}, [], [], Counter(), [], 0
         hub = self
         class Handler(BaseHTTPRequestHandler):
             protocol_version = 'HTTP/1.1'
@@ -44,6 +45,9 @@ class FakeHub:
         at = urlsplit(h.path)
         path, query = unquote(at.path), parse_qs(at.query)
         body = h.rfile.read(int(h.headers.get('Content-Length') or 0))
+        if m := re.fullmatch(r'/signed/(\d+)', path):
+            self.leaked += 'Authorization' in h.headers
+            return self.resolve(h, *self.signed[int(m[1])], True)
         self.log.append((h.command, path, h.headers.get('Range')))
         rule = self.broken(f'{h.command} {path}')
         if 'status' in rule: return self.send(h, rule['status'], b'{"error": "as told"}', rule.get('headers', {}))
@@ -72,13 +76,16 @@ class FakeHub:
         out = [dict(type='directory', path=f, oid='0'*40, size=0) for f in folders] + [entry(f, files[f]) for f in below]
         self.send(h, 200, [e for e in out if query.get('recursive') == ['true'] or len(e['path'].split('/')) == depth+1])
 
-    def resolve(self, h, name, wanted, file, rule):
+    def resolve(self, h, name, wanted, file, rule, signed=False):
         found = name in self.repos and self.revision(name, wanted)
         if not found: return self.send(h, 404 if name in self.repos else 401, b'', {'X-Error-Code': 'RevisionNotFound' if name in self.repos else 'RepoNotFound'})
         data = self.repos[name][found[0]].get(file)
         head = {'X-Repo-Commit': found[1], 'Accept-Ranges': 'bytes'}
         if data is None: return self.send(h, 404, b'Entry not found', head | {'X-Error-Code': 'EntryNotFound'})
         head |= {'ETag': f'"{oid(file, data)}"', 'X-Linked-Size': str(len(data)), 'X-Linked-Etag': f'"{oid(file, data)}"'}
+        if is_large(file) and not signed:
+            self.signed.append((name, wanted, file, rule))
+            return self.send(h, 302, b'', head | {'Location': f'http://localhost:{self.server.server_port}/signed/{len(self.signed)-1}'})
         first, last, status = 0, len(data), 200
         if m := re.fullmatch(r'bytes=(\d*)-(\d*)', h.headers.get('Range') or ''):
             if rule.get('ranges') != 'ignored':

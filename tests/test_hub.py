@@ -142,6 +142,12 @@ def test_an_estimate_of_the_text(hub, client, poems):
     assert client.read('owner/many-lines', take=1).get('size') is None
 
 
+def test_a_token_stays_with_the_hub(hub, home, poems):
+    client = Client(hub.url, home, HF_TOKEN='hf_secret')
+    assert client.read(poems)['texts'] == texts and hub.leaked == 0 and hub.signed
+    client.close()
+
+
 def test_columns_splits_subsets(hub, client):
     hub.add('owner/many', {'README.md': b'---\nconfigs:\n- config_name: a\n  data_files:\n  - split: train\n    path: a/*\n  - split: test\n    path: t/*\n- config_name: b\n  data_files: b/*\n---\n',
         'a/0.jsonl': jsonl(['a']), 't/0.jsonl': jsonl(['t']), 'b/0.jsonl': b'{"body": "b"}\n'})
@@ -309,6 +315,7 @@ def test_memory_is_bounded(hub, client, poems):
     before = client.read(poems, take=1)['peak']
     hub.add('owner/large', {f'data/{i}.parquet': parquet([chr(97+i)*10_000]*5000, row_group_size=100) for i in range(3)})
     got = client.read('owner/large', last=1)
+    assert [re.sub(r'^.*: ', '', line) for line in got['said']] == [f'fetching 50 of 50 MB, file {i} of 3' for i in (1, 2, 3)]
     assert got['texts'] == ['c'*10_000] and got['peak'] - before < 100e6 # one file has 50 MB, all have 150
 
 

@@ -211,7 +211,7 @@ def _hash_as_hub(path:Path, oid:str)->str:
 
 class _Stopped(Exception): "Nobody waits for this file any more."
 
-# %% ../../nbs/1_data/001_hub.ipynb #ed485c6c
+# %% ../../nbs/1_data/001_hub.ipynb #ea2545e2
 def _complete(of:Listing, file:HubFile, part:Path, stopped:Callable[[], bool])->None:
     "Append to `part` what it lacks of a file. Raises ConnectionError where what arrived is not the file."
     have = part.stat().st_size if part.exists() else 0
@@ -257,7 +257,9 @@ def fetch(
         for p in (blob, lock): p.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock): # the one that huggingface_hub takes; let go when its holder dies
             if not blob.exists():
-                ask_hub(lambda: _complete(of, file, part, stopped), what, say, wait, lambda: part.stat().st_size if part.exists() else 0)
+                here = lambda: part.stat().st_size if part.exists() else 0
+                if file.size > 1 << 24: say(f'{what}: fetching {(file.size-here())/1e6:,.0f} of {file.size/1e6:,.0f} MB, file {index+1} of {len(of.files)}')
+                ask_hub(lambda: _complete(of, file, part, stopped), what, say, wait, here)
                 os.replace(part, blob)
         return Path(ask_hub(lambda: hf_hub_download(of.repo, file.name, repo_type='dataset', revision=of.commit), what, say, wait)) # finds the blob, links it
 
