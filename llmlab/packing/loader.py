@@ -333,7 +333,7 @@ def window_chunks(
     "How many of its chunks are shuffled together, where nobody says otherwise: as many as `WINDOW_TOKENS` make."
     return max(1, WINDOW_TOKENS//(cache.meta['params']['chunk_rows']*(cache.seq_len+1)))
 
-# %% ../../nbs/2_packing/02_loader.ipynb #bec84c7c
+# %% ../../nbs/2_packing/02_loader.ipynb #a72e3332
 class Loader:
     "Endless batches of one rank. `position` counts the rows that all ranks were given so far."
     def __init__(self,
@@ -344,7 +344,7 @@ class Loader:
         rank:int=0,           # which of the data-parallel processes this is
         world:int=1,          # how many there are
         shuffle:bool=True,    # False: as the rows lie in the cache
-        workers:int=1,        # threads that work ahead; 0: none
+        workers:int=1,        # threads that decode, ahead of use; 0: everything happens in `next`
         device:str|torch.device='cpu', # where the batches go
         device_prefetch:bool=True,     # CUDA, with workers: copy from pinned memory while earlier batches are computed
         fraction:float=1.,    # share of the rows that counts as one epoch
