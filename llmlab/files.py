@@ -88,12 +88,13 @@ def write_json(path:str|Path, obj:Any, error:type[LlmlabError]=LlmlabError)->Pat
     "Write `obj` as readable JSON, whole or not at all. NaN and infinity are refused: JSON has no word for them."
     return write_whole(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)+'\n', error)
 
-# %% ../nbs/00_files.ipynb #399b80c7
+# %% ../nbs/00_files.ipynb #9eaadc13
 def read_json(path:str|Path, error:type[LlmlabError]=LlmlabError)->Any:
     "The object in a JSON file. Raises `error` where it is missing or damaged."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError as e: raise error(f'{path} does not exist.') from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise error(f'{path} is not readable as JSON ({e}).') from e
+    except OSError as e: raise error(f'cannot read {path}: {e.strerror}.') from e
+    except (ValueError, RecursionError) as e: raise error(f'{path} is not readable as JSON ({e}).') from e # not JSON, not UTF-8, nested without end
 
 # %% ../nbs/00_files.ipynb #346fbc04
 def _sync_tree(folder:Path)->None:

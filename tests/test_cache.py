@@ -465,6 +465,52 @@ def test_stray_files_and_tokenizer(tmp_path):
     (cache.path/'tokenizer.json').write_text('{}')
     assert [p.file for p in cache.verify()] == [chunk_name(999), 'tokenizer.json']
 
+def mutated(whole, rng):
+    "One of the things that disks, copies and people do to bytes."
+    at, n = rng.randrange(len(whole)), rng.choice([1, 2, 7, 64, 4096])
+    return rng.choice([
+        lambda: whole[:at]+bytes([whole[at]^(1 << rng.randrange(8))])+whole[at+1:], # a flipped bit
+        lambda: whole[:at],                                                         # cut short
+        lambda: whole+rng.randbytes(n),                                             # something behind it
+        lambda: whole[:at]+whole[at+n:],                                            # a piece missing
+        lambda: whole[:at]+rng.randbytes(n)+whole[at:],                             # a piece too many
+        lambda: whole[:at]+bytes(n)+whole[at+n:],                                   # zeros, as a hole in a file
+        lambda: whole[:at]+whole[:n]+whole[at+n:],                                  # a piece of another place
+        lambda: rng.randbytes(len(whole)),
+        lambda: whole.replace(str(rng.randrange(10)).encode(), str(rng.randrange(10)).encode(), rng.randrange(3)+1), # another number
+    ])()
+
+def try_mutations(folder, count, seed):
+    "Spoil one file of a cache at a time; nothing but a `CacheError` or the right rows may come of it. Gives how often which."
+    rng, cache = random.Random(seed), both(folder, )['train']
+    want, listed = [digest(cache.chunk(i)) for i in range(len(cache.chunks))], list_caches(folder)
+    files_ = [*(cache.path/c['file'] for c in cache.chunks), *[cache.path/METADATA]*5, *[folder/'packed_sequences'/'cache_registry.json']*3, cache.path/'tokenizer.json']
+    outcomes = {'refused': 0, 'right': 0}
+    for _ in range(count):
+        path = rng.choice(files_)
+        whole = path.read_bytes()
+        bad = mutated(whole, rng)
+        path.write_bytes(bad)
+        try:
+            found = open_cache(cache.path)
+            assert [digest(found.chunk(i)) for i in range(len(found.chunks))] == want
+            problems = found.verify()
+            assert problems or bad == whole or path.suffix == '.json' and json.loads(bad) == json.loads(whole), (path, 'not noticed') # (a blank that became another)
+            if not path.name.startswith('cache_registry'): assert not problems
+            outcomes['right'] += 1
+        except CacheError as e:
+            assert str(path) in str(e) and len(str(e)) > 40
+            outcomes['refused'] += 1
+        assert [e for e in list_caches(folder) if 'problem' not in e] == listed or path.name == METADATA
+        path.write_bytes(whole)
+    assert open_cache(cache.path).verify() == []
+    return outcomes
+
+def test_mutated_files(tmp_path): assert try_mutations(tmp_path, 200, 0)['refused'] > 100
+
+@pytest.mark.proof
+def test_ten_thousand_mutated_files(tmp_path): print(try_mutations(tmp_path, 10_000, 1))
+
 # --- the right cache
 
 def test_names_and_refusals(tmp_path):
