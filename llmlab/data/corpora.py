@@ -487,7 +487,7 @@ def _find_row(of:Listing, start:int, column:str, say:Callable[[str], None])->tup
     of.learn(counted)
     return index, start
 
-# %% ../../nbs/1_data/00_corpora.ipynb #e041c6c1
+# %% ../../nbs/1_data/00_corpora.ipynb #dad48eb1
 def _open_hub(data:Data, base:Path|None, say:Callable[[str], None]=say_here)->Corpus:
     of = _hub_dataset(data, base)
     if data.split == 'tail': raise DataError(f'data.split=tail needs to know the end of the text, and {of.path} has many files. Take data.split=hash.')
@@ -496,8 +496,8 @@ def _open_hub(data:Data, base:Path|None, say:Callable[[str], None]=say_here)->Co
     def texts(start:int)->Iterator[tuple[str, str]]:
         files = listing()
         first, row = _find_row(files, start, of.text_column, say)
-        for text in read_in_turn(files, first, row, lambda path, row: _hub_rows(files, path, of.text_column, row), lambda i, stopped: fetch(files, i, say, stopped=stopped)): yield text, text
-    def identity()->object: return ['hub', listing().kind, listing().options, [f.oid for f in listing().files], of.text_column]
+        for text in read_in_turn(files, first, row, lambda path, row: _hub_rows(files, path, of.text_column, row), lambda i, stop: fetch(files, i, say, stop)): yield text, text
+    def identity()->object: return ['hub', listing().kind, listing().options, [hash_file(f.name) if local else f.oid for f in listing().files], of.text_column]
     def size()->int|None: return None if data.max_documents else of.size or estimate_text(listing(), of.text_column, say)
     return Corpus(data.name if data.name in HUB else Path(of.path).name, of.licence, texts, identity, size)
 

@@ -6,16 +6,16 @@
 __all__ = ['trouble', 'backoff', 'say_here', 'ask_hub', 'HubFile', 'Listing', 'list_hub', 'list_local', 'find_here', 'fetch',
            'parquet_footer', 'estimate_text', 'read_in_turn']
 
-# %% ../../nbs/1_data/001_hub.ipynb #d4bf20fb
-import contextlib, email.utils, hashlib, itertools, os, random, re, sys, threading, time
+# %% ../../nbs/1_data/001_hub.ipynb #d2fd9845
+import contextlib, email.utils, hashlib, json, os, random, re, sys, threading, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
-from ..files import DataError, disk_errors, hash_file, hash_json, read_json, write_json
+from ..files import DataError, disk_errors, hash_json, read_json, write_json
 
-# %% ../../nbs/1_data/001_hub.ipynb #be37bc89
+# %% ../../nbs/1_data/001_hub.ipynb #1df84776
 def _chain(e:BaseException)->Iterator[BaseException]:
     "An error and what it came from."
     while e is not None:
@@ -41,27 +41,28 @@ def trouble(
         code = response.status_code
         return (f'the hub answers {code}', _asked(response.headers)) if code in (408, 429) or code >= 500 else None
     for c in causes:
-        if isinstance(c, (HTTPError, ConnectionError, TimeoutError)): return f'{type(c).__name__} {c}'.strip(), 0.
+        if isinstance(c, (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError)): return f'{type(c).__name__} {c}'.strip(), 0.
     return None
 
-# %% ../../nbs/1_data/001_hub.ipynb #680bef10
+# %% ../../nbs/1_data/001_hub.ipynb #3095a9b8
 def backoff(
     failed:int,    # attempts that failed, from 1
     asked:float=0, # seconds that the server asked for
 )->float: # seconds to wait
-    "1, 2, 4, ... 120 seconds, of which a random half may be left out; never less than the server asked for."
+    "1, 2, 4, ... 120 seconds, of which up to half is left out at random; never less than the server asked for."
     return max(asked, min(2.**(failed-1), 120.)*random.uniform(.5, 1))
 
 def say_here(line:str)->None:
     "Say a line on the standard error."
     print(line, file=sys.stderr, flush=True)
 
-# %% ../../nbs/1_data/001_hub.ipynb #1c427b63
+# %% ../../nbs/1_data/001_hub.ipynb #028450ee
 def _refusal(repo:str, e:Exception)->DataError:
     "What to do about an error that lasts."
     from huggingface_hub import errors
-    page, known = f'https://huggingface.co/datasets/{repo}', [
-        (errors.GatedRepoError, f'its owner lets in those who accept the terms. Accept them on https://huggingface.co/datasets/{repo}, then log in on this machine: hf auth login.'),
+    page = f'https://huggingface.co/datasets/{repo}'
+    known = [
+        (errors.GatedRepoError, f'its owner lets in those who accept the terms. Accept them on {page}, then log in on this machine: hf auth login.'),
         (errors.RevisionNotFoundError, 'it has no such revision. Check data.revision: a branch, a tag or a commit; null is the newest.'),
         (errors.RepositoryNotFoundError, 'there is no dataset of this name, or it is private. Check data.path (owner/name); for a private one log in first: hf auth login.'),
         (errors.RemoteEntryNotFoundError, 'a file that it lists is not there. Look at its page, or choose another data.revision.'),
@@ -75,7 +76,7 @@ def _refusal(repo:str, e:Exception)->DataError:
 def ask_hub(
     call:Callable[[], Any],                      # speaks with the hub
     what:str,                                    # owner/name, or with ': file'; named in what is said
-    say:Callable[[str], None]=say_here,              # told of each wait
+    say:Callable[[str], None]=say_here,          # told of each wait
     wait:Callable[[float], object]=time.sleep,   # waits so many seconds
     progress:Callable[[], int]=lambda: 0,        # bytes that have arrived; more of them renew the patience
     attempts:int=10,                             # in a row without progress
@@ -85,7 +86,7 @@ def ask_hub(
     failed, reached, repo = 0, progress(), what.split(':')[0]
     while True:
         try: return call()
-        except (HTTPError, OSError) as e: # the family of all errors of both libraries
+        except (HTTPError, OSError, json.JSONDecodeError) as e: # what both libraries raise of the network
             found = trouble(e)
             if found is None and getattr(e, 'errno', None): raise # of the disk
             if found is None: raise _refusal(repo, e) from e
@@ -96,12 +97,12 @@ def ask_hub(
             say(f'{what}: {found[0]}; asking again in {seconds:.0f} s ({failed} of {attempts-1})')
             wait(seconds)
 
-# %% ../../nbs/1_data/001_hub.ipynb #28a3ff1b
+# %% ../../nbs/1_data/001_hub.ipynb #1d0cdbe8
 class HubFile(NamedTuple):
     "A file of a dataset."
     name:str # path in the repository; of a local dataset the path itself
     size:int # bytes
-    oid:str  # hash of the content, as the hub states it
+    oid:str  # hash of the content, as the hub states it; of a local dataset the path again
 
 @dataclass
 class Listing:
@@ -124,9 +125,10 @@ class Listing:
         self.save()
 
     def save(self)->None:
+        "Write it down, where it has a place for that."
         if self.note: write_json(self.note, asdict(self), DataError)
 
-# %% ../../nbs/1_data/001_hub.ipynb #ea62a654
+# %% ../../nbs/1_data/001_hub.ipynb #eb25e59a
 def _options(config)->dict:
     "What the card of a dataset says about its format."
     import datasets
@@ -138,7 +140,11 @@ def _builder(repo:str, subset:str|None, split:str, **more)->tuple[Any, list[str]
     "How `datasets` would read a dataset, and the addresses of the files of a split."
     import datasets
     try: builder = datasets.load_dataset_builder(repo, subset, **more)
-    except ValueError as e: raise DataError(f'the dataset {repo}: {" ".join(str(e).split()).split(" Example of")[0]} Choose one with data.subset.') from e
+    except (ValueError, RuntimeError) as e:
+        if trouble(e): raise
+        said = ' '.join(str(e).split()).split(' Example of')[0]
+        advice = ' Choose one with data.subset.' if 'onfig' in said else ' Take what the hub made of it: data.revision=refs/convert/parquet.' if 'scripts' in said else ''
+        raise DataError(f'the dataset {repo}: {said}{advice}') from e
     files = builder.config.data_files or {}
     if split not in files: raise DataError(f'the dataset {repo} has no split {split!r}, it has {", ".join(map(str, files)) or "none"}. Choose one with data.hub_split.')
     return builder, list(files[split])
@@ -154,14 +160,13 @@ def _resolve(repo:str, subset:str|None, split:str, commit:str)->Listing:
     files = [HubFile(n, about[n].size, about[n].lfs.sha256 if about[n].lfs else about[n].blob_id) for n in names]
     return Listing(repo, commit, builder.name, _options(builder.config), files)
 
-# %% ../../nbs/1_data/001_hub.ipynb #fc355440
+# %% ../../nbs/1_data/001_hub.ipynb #6718a563
 def list_hub(
-    repo:str,                                  # owner/name
-    subset:str|None=None,                      # the configuration; None: the only one, or the one that the card calls default
+    repo:str,                           # owner/name
+    subset:str|None=None,               # the configuration; None: the only one, or the one that the card calls default
     split:str='train',
-    revision:str|None=None,                    # branch, tag or commit; None: main
-    say:Callable[[str], None]=say_here,            # told of each wait
-    wait:Callable[[float], object]=time.sleep, # waits so many seconds
+    revision:str|None=None,             # branch, tag or commit; None: main
+    say:Callable[[str], None]=say_here, # told of each wait
 )->Listing:
     "The files of a split. One small question when they are known from before and have not changed; offline, as they were when last asked for."
     from huggingface_hub import HfApi, cached_assets_path, constants
@@ -172,7 +177,7 @@ def list_hub(
         raise DataError(f'the dataset {repo} (subset {subset}, split {split}, revision {revision or "main"}) was never read on this machine, and there is no network (--offline or HF_HUB_OFFLINE). '
             f'Run the same once with a network on a machine that shares the cache (HF_HOME); or fetch its files elsewhere (hf download {repo} --repo-type dataset --local-dir FOLDER), '
             'bring the folder here, and set data.name=hub data.path=FOLDER; or take data.name=python or stories.')
-    ask = lambda call: ask_hub(call, repo, say, wait, attempts=6)
+    def ask(call:Callable)->Any: return ask_hub(call, repo, say, attempts=6)
     commit = ask(lambda: HfApi().dataset_info(repo, revision=revision, timeout=30).sha)
     if known and known.commit == commit: return known
     found = ask(lambda: _resolve(repo, subset, split, commit))
@@ -180,7 +185,7 @@ def list_hub(
     write_json(note, asdict(found), DataError)
     return found
 
-# %% ../../nbs/1_data/001_hub.ipynb #55f23322
+# %% ../../nbs/1_data/001_hub.ipynb #6c177567
 def list_local(
     folder:Path,          # holds a dataset's files, with or without its card
     subset:str|None=None, # the configuration
@@ -189,7 +194,7 @@ def list_local(
     "The files of a split of a dataset in a folder."
     try: builder, paths = _builder(str(folder), subset, split)
     except OSError as e: raise DataError(f'{folder} holds no dataset: {" ".join(str(e).split())} Set data.path to another folder, or to owner/name.') from e
-    return Listing(str(folder), '', builder.name, _options(builder.config), [HubFile(str(p), os.path.getsize(p), hash_file(p)) for p in paths])
+    return Listing(str(folder), '', builder.name, _options(builder.config), [HubFile(str(p), os.path.getsize(p), str(p)) for p in paths])
 
 # %% ../../nbs/1_data/001_hub.ipynb #eb5619a0
 @contextlib.contextmanager
@@ -211,15 +216,15 @@ def _hash_as_hub(path:Path, oid:str)->str:
 
 class _Stopped(Exception): "Nobody waits for this file any more."
 
-# %% ../../nbs/1_data/001_hub.ipynb #ea2545e2
-def _complete(of:Listing, file:HubFile, part:Path, stopped:Callable[[], bool])->None:
+# %% ../../nbs/1_data/001_hub.ipynb #c97922f7
+def _complete(of:Listing, file:HubFile, part:Path, stop:threading.Event)->None:
     "Append to `part` what it lacks of a file. Raises ConnectionError where what arrived is not the file."
-    have = part.stat().st_size if part.exists() else 0
+    have = _size(part)
     if have < file.size:
         with _get(of.repo, of.commit, file.name, have) as response, open(part, 'ab' if response.status_code == 206 else 'wb') as f:
             for piece in response.iter_raw(): # as it arrives: in pieces of a fixed size, the last one would be lost with the line
                 f.write(piece)
-                if stopped(): raise _Stopped
+                if stop.is_set(): raise _Stopped
             f.flush(); os.fsync(f.fileno())
     part.touch()
     if part.stat().st_size < file.size: raise ConnectionError('the file ended too early')
@@ -227,6 +232,9 @@ def _complete(of:Listing, file:HubFile, part:Path, stopped:Callable[[], bool])->
         part.unlink()
         raise ConnectionError('the file arrived damaged')
 
+def _size(path:Path)->int: return path.stat().st_size if path.exists() else 0
+
+# %% ../../nbs/1_data/001_hub.ipynb #ef064bfb
 def find_here(of:Listing, index:int)->Path|None:
     "The local copy of a file, if it is here."
     from huggingface_hub import try_to_load_from_cache
@@ -236,17 +244,16 @@ def find_here(of:Listing, index:int)->Path|None:
 
 def fetch(
     of:Listing,
-    index:int,                                 # of the file
-    say:Callable[[str], None]=say_here,            # told of each wait
-    wait:Callable[[float], object]=time.sleep, # waits so many seconds
-    stopped:Callable[[], bool]=lambda: False,  # asked while bytes arrive; True: leave off, what has arrived is kept
+    index:int,                           # of the file
+    say:Callable[[str], None]=say_here,  # told of each wait, and of large files
+    stop:threading.Event|None=None,      # set: leave off; what has arrived is kept
 )->Path:
     "The local copy of a file; whole, and with the right hash. Raises DataError."
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils import WeakFileLock
     if path := find_here(of, index): return path
-    file = of.files[index]
+    file, stop = of.files[index], stop or threading.Event()
     what = f'{of.repo}: {file.name}'
     if constants.is_offline_mode(): raise DataError(f'{what} ({file.size/1e6:,.0f} MB) was not fetched yet, and there is no network (--offline or HF_HUB_OFFLINE). '
         f'Run the same once with a network, or: hf download {of.repo} {file.name} --repo-type dataset --revision {of.commit}')
@@ -257,18 +264,16 @@ def fetch(
         for p in (blob, lock): p.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock): # the one that huggingface_hub takes; let go when its holder dies
             if not blob.exists():
-                here = lambda: part.stat().st_size if part.exists() else 0
-                if file.size > 1 << 24: say(f'{what}: fetching {(file.size-here())/1e6:,.0f} of {file.size/1e6:,.0f} MB, file {index+1} of {len(of.files)}')
-                ask_hub(lambda: _complete(of, file, part, stopped), what, say, wait, here)
+                if file.size > 1 << 24: say(f'{what}: fetching {(file.size-_size(part))/1e6:,.0f} of {file.size/1e6:,.0f} MB, file {index+1} of {len(of.files)}')
+                ask_hub(lambda: _complete(of, file, part, stop), what, say, stop.wait, lambda: _size(part))
                 os.replace(part, blob)
-        return Path(ask_hub(lambda: hf_hub_download(of.repo, file.name, repo_type='dataset', revision=of.commit), what, say, wait)) # finds the blob, links it
+        return Path(ask_hub(lambda: hf_hub_download(of.repo, file.name, repo_type='dataset', revision=of.commit), what, say, stop.wait)) # finds the blob, links it
 
-# %% ../../nbs/1_data/001_hub.ipynb #581dfaf6
+# %% ../../nbs/1_data/001_hub.ipynb #58eea2b9
 def parquet_footer(
     of:Listing,
-    index:int,                                 # of the file
-    say:Callable[[str], None]=say_here,        # told of each wait
-    wait:Callable[[float], object]=time.sleep, # waits so many seconds
+    index:int,                          # of the file
+    say:Callable[[str], None]=say_here, # told of each wait
 )->Any: # pyarrow's FileMetaData
     "What a parquet file says of itself. Of a file that is not here it reads the footer only: one or two small requests."
     import pyarrow, pyarrow.parquet
@@ -276,13 +281,13 @@ def parquet_footer(
     file, path = of.files[index], fetch(of, index) if constants.is_offline_mode() else find_here(of, index)
     def last(n:int)->bytes:
         with _get(of.repo, of.commit, file.name, max(0, file.size-n)) as response: return response.read()[-n:]
-    def ask(n:int)->bytes: return ask_hub(lambda: last(n), f'{of.repo}: {file.name}', say, wait)
+    def ask(n:int)->bytes: return ask_hub(lambda: last(n), f'{of.repo}: {file.name}', say)
     try:
         if path: return pyarrow.parquet.read_metadata(path)
         footer = ask(1 << 16)
         if (size := int.from_bytes(footer[-8:-4], 'little')+8) > len(footer): footer = ask(size)
         return pyarrow.parquet.read_metadata(pyarrow.BufferReader(footer))
-    except pyarrow.ArrowInvalid as e: raise DataError(f'{path or f"{of.repo}: {file.name}"}: not a parquet file, or cut short ({str(e).splitlines()[0]}). Copy or download it again.') from e
+    except (pyarrow.ArrowException, OSError) as e: raise DataError(f'{path or f"{of.repo}: {file.name}"}: not a parquet file, or cut short ({str(e).splitlines()[0]}). Copy or download it again.') from e
 
 # %% ../../nbs/1_data/001_hub.ipynb #df8f32ca
 def estimate_text(
@@ -300,7 +305,7 @@ def estimate_text(
         of.save()
     return of.text_bytes[column] or None
 
-# %% ../../nbs/1_data/001_hub.ipynb #f94af317
+# %% ../../nbs/1_data/001_hub.ipynb #0b870e7a
 def _begin(call:Callable, *args:object)->Future:
     "Call in a thread that nobody has to wait for."
     future = Future()
@@ -312,21 +317,20 @@ def _begin(call:Callable, *args:object)->Future:
 
 def read_in_turn(
     of:Listing,
-    first:int,                                              # file to begin with
-    start:int,                                              # row of it to begin with
-    read:Callable[[Path, int], Iterator[str]],              # the rows of a file from a row on
-    get:Callable[[int, Callable[[], bool]], Path]=None,     # the path of a file, and when to leave off; None: `fetch`
+    first:int,                                   # file to begin with
+    start:int,                                   # row of it to begin with
+    read:Callable[[Path, int], Iterator[str]],   # the rows of a file from a row on
+    get:Callable[[int, threading.Event], Path],  # the path of a file; the event is set when nobody wants it any more
 )->Iterator[str]:
     "The rows of all files in their order, the next file fetched while one is read. Remembers how many rows each had."
-    get = get or (lambda index, stopped: fetch(of, index, stopped=stopped))
     stop, coming = threading.Event(), None
     try:
         for index in range(first, len(of.files)):
-            path, coming, row = (coming.result() if coming else get(index, stop.is_set)), None, start-1
-            half = of.rows.get(of.files[index].oid, 0)//2
+            path, coming, row, oid = coming.result() if coming else get(index, stop), None, start-1, of.files[index].oid
+            if of.kind == 'parquet': of.learn({oid: parquet_footer(of, index).num_rows})
             for row, text in enumerate(read(path, start), start):
-                if coming is None and row >= half and index+1 < len(of.files): coming = _begin(get, index+1, stop.is_set)
+                if coming is None and row >= of.rows.get(oid, 0)//2 and index+1 < len(of.files): coming = _begin(get, index+1, stop)
                 yield text
-            of.learn({of.files[index].oid: row+1})
+            of.learn({oid: row+1})
             start = 0
     finally: stop.set()
