@@ -1,5 +1,5 @@
 "The hub: what breaks at night, against a hub of our own that breaks on demand."
-import gzip, io, json, os, re, subprocess, sys, time
+import gzip, io, json, os, random, re, subprocess, sys, time
 from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq
 import pytest
@@ -187,6 +187,19 @@ def test_it_passes(hub, client, poems, on, times, how, waits):
     if 'headers' in how: assert got['waits'] == [[1, seconds, seconds] for seconds in [77. if 'Retry-After' in how['headers'] else 55.]]
 
 
+@pytest.mark.parametrize('seed', range(20))
+def test_a_bad_night(hub, client, poems, seed):
+    "Many things break at once, in any order: no document is lost, none comes twice."
+    rng = random.Random(seed)
+    for _ in range(rng.randint(3, 10)):
+        how = rng.choice([dict(status=rng.choice([500, 502, 503, 504, 429, 408])), dict(cut=rng.randint(0, 60_000)), dict(cut=rng.randint(0, 60_000), ranges='ignored'), dict(wrong=True), dict(cut=0)])
+        hub.will(rng.choice(['GET .*0000[012]-of', 'GET .*00001-of', '(GET|HEAD) .*00002-of', 'GET /api', 'POST ', 'HEAD .*README']), rng.randint(1, 2), **how)
+    start = rng.choice([0, 0, 100, 250, 340, 599])
+    got = client.read(poems, start=start)
+    assert got.get('texts') == texts[start:], got.get('error')
+    assert client.read(poems)['texts'] == texts
+
+
 def test_a_broken_file_is_gone_on_with(hub, client, poems):
     file = names(hub, poems)[0]
     hub.will(f'GET .*{file}', 3, cut=7000)
@@ -230,6 +243,14 @@ def test_nobody_there(hub, home, tmp_path):
     got = client.read('owner/poems')
     client.close()
     assert 'Connection refused, 6 times in a row' in got['error'] and '--offline' in got['error'] and len(got['said']) == 5
+
+
+def test_what_is_here_needs_no_hub(hub, client, poems):
+    before = client.read(poems)
+    hub.will('.', 99, status=503)
+    got = client.read(poems)
+    assert got['texts'] == texts and got['fingerprint'] == before['fingerprint'] and len(got['said']) == 4
+    assert re.search(r'going on without the hub, with the files as they were last listed \(commit [0-9a-f]{8}\)', got['said'][-1])
 
 
 @given(st.integers(1, 30), st.floats(0, 1000))
