@@ -16,14 +16,15 @@ from ..config import Optim, Trainer
 from ..files import CheckpointError, ConfigError
 from .machine import computes_bf16
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #079aa417
+# %% ../../nbs/4_trainer/01_optim.ipynb #80f4517a
 def _own_settings(network:nn.Module)->dict[nn.Parameter, tuple[str, dict]]: # parameter -> name of its module, settings
     "Trainable parameters of modules with `own_optim`."
     out = {}
     for name, module in network.named_modules(): # outer modules come first, inner ones overwrite them
         if (own := getattr(module, 'own_optim', None)) is None: continue
-        good = set(own) <= {'lr', 'weight_decay'} and all(isinstance(v, (int, float)) and v >= 0 for v in own.values())
-        assert good, f"{name}.own_optim is {own}: 'lr' (a multiplier) and 'weight_decay' are numbers, 0 or more; leave out what is as usual"
+        numbers = {k: v for k, v in own.items() if k != 'name'}
+        good = set(numbers) <= {'lr', 'peak', 'weight_decay'} and all(isinstance(v, (int, float)) and 0 <= v < math.inf for v in numbers.values())
+        assert good, f"{name}.own_optim is {own}: 'lr' (a multiplier), 'peak' (a rate) and 'weight_decay' are numbers, 0 or more; leave out what is as usual"
         out |= {p: (name, own) for p in module.parameters() if p.requires_grad}
     return out
 
@@ -44,9 +45,9 @@ def sort_parameters(
         sorts[sort].append((name, p))
     return sorts
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #ad8977b4
+# %% ../../nbs/4_trainer/01_optim.ipynb #0b4ff728
 def own_groups(
-    network:nn.Module, # its modules may have `own_optim`: {'lr': multiplier of optim.lr, 'weight_decay': number}
+    network:nn.Module, # its modules may have `own_optim`: {'lr': multiplier of optim.lr, or 'peak': highest rate, 'weight_decay': number, 'name': of the group}
     optim:Optim, # what they leave out
 )->list[dict]: # parameter groups for AdamW: params (name, parameter), lr, weight_decay, name
     "Parameter groups of the modules that have settings of their own."
@@ -56,8 +57,8 @@ def own_groups(
         module, own = settings[p]
         sort = 'decay' if p.ndim >= 2 else 'plain'
         decay = own.get('weight_decay', (optim.weight_decay or 0.) if sort == 'decay' else 0.)
-        label = module if 'weight_decay' in own else f'{module}.{sort}'
-        group = groups.setdefault(label, {'params': [], 'lr': optim.lr*own.get('lr', 1.), 'weight_decay': decay, 'name': label})
+        label = own.get('name', module if 'weight_decay' in own else f'{module}.{sort}')
+        group = groups.setdefault(label, {'params': [], 'lr': own.get('peak', optim.lr*own.get('lr', 1.)), 'weight_decay': decay, 'name': label})
         group['params'].append((name, p))
     return list(groups.values())
 
