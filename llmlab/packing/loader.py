@@ -229,7 +229,7 @@ class Ahead:
         if self._pool: self._pool.shutdown(cancel_futures=True)
         self._pool, self._queue = None, deque()
 
-# %% ../../nbs/2_packing/02_loader.ipynb #01857b7e
+# %% ../../nbs/2_packing/02_loader.ipynb #01410717
 def fill(
     buffer:Batch|None, # memory; None or of another shape: new memory is made
     batch:Batch,       # what to write into it
@@ -252,12 +252,13 @@ class Transport:
     def send(self, batch:Batch)->tuple[Batch,'torch.cuda.Event|None']: # the batch, perhaps not arrived yet, and the event of its arrival
         "Start the copy of a batch."
         if self._copies is None: return batch, None
-        buffer, copied = self._buffers.popleft()
+        buffer, copied = self._buffers[0]
         if copied is not None: copied.synchronize()
         with torch.cuda.stream(self._copies):
             buffer = fill(buffer, batch)
             there, arrival = buffer.to(self.device, non_blocking=True), self._copies.record_event()
-        self._buffers.append((buffer, arrival))
+        self._buffers[0] = buffer, arrival
+        self._buffers.rotate(-1)
         return there, arrival
 
     def receive(self, batch:Batch, arrival:'torch.cuda.Event|None')->Batch:
