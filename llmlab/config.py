@@ -35,11 +35,11 @@ class Run(Section):
     deterministic: bool = Field(True, description='refuse kernels whose results change from run to run')
     threads: int | None = Field(None, ge=1, description='CPU threads for torch; null: as many as cores')
 
-# %% ../nbs/01_config.ipynb #4e38484e
+# %% ../nbs/01_config.ipynb #8ea604e3
 class Data(Section):
     "Which text to learn from."
     name: Literal['python', 'stories', 'files', 'hub', 'file', 'bins', 'tinystories', 'fineweb-edu', 'openwebtext'] = Field('python', description='a corpus; tinystories, fineweb-edu and openwebtext are known data sets of the hub; bins: tokens made elsewhere (train.bin, val.bin)')
-    path: str | None = Field(None, description='files: a file or folder of txt, md, jsonl, parquet; hub: owner/name of a dataset; bins: the folder of the .bin files')
+    path: str | None = Field(None, description='files: a file or folder of txt, md, jsonl, jsonl.gz, parquet; hub: owner/name of a dataset, or a folder that holds one; bins: the folder of the .bin files')
     file: str | None = Field(None, description="file: the user's own Python file with a function documents()")
     text_column: str = Field('text', description='name of the column that holds the text (jsonl, parquet, hub)')
     subset: str | None = Field(None, description='hub: the configuration of the dataset')

@@ -138,7 +138,7 @@ def _prepare_bins(cfg:Config, say:Callable[[str], None])->Prepared:
     if caches['train'].meta['params']['bos_id'] is None: say('Their documents have no BOS, so this model will not have seen one: give it prompts that are not empty.')
     return Prepared(None, tokenizer, caches['train'], caches.get('validation'), tokenizer_file)
 
-# %% ../nbs/80_recipes.ipynb #af346cf0
+# %% ../nbs/80_recipes.ipynb #8d8ee245
 def _open_part(cfg:Config, corpus:Corpus, tokenizer:Tokenizer, splits:Sequence[str])->dict[str, Cache]:
     "The caches as far as they are built."
     caches = {s: open_cache(cache_folder(corpus, tokenizer, cfg.packing, s), tokenizer) for s in splits}
@@ -168,7 +168,7 @@ def prepare(
         for cache in (data.train, data.validation) if verify else ():
             if cache is not None: check_cache(cache, say, verify == 'full')
         return data
-    corpus = open_corpus(cfg.data)
+    corpus = open_corpus(cfg.data, say=say)
     tokenizer = prepare_tokenizer(cfg, corpus, say)
     splits, tell = SPLITS if cfg.data.validation_fraction else SPLITS[:1], _teller(f'Packing {corpus.name}', say)
     if mode == 'inverse':
