@@ -1,6 +1,6 @@
 """Speed of the loader beside raw files and four libraries: one run, one core, the same tokens, the readers taking turns.
 
-    python tests/bench/loader.py [--python PYTHON ...] [--path FOLDER] [--rounds 7] [--json FILE]
+    python tests/bench/loader.py [--python PYTHON ...] [--path FOLDER] [--rounds 15] [--json FILE]
 
 Every reader fills batches of 16,384 tokens, int64 tensors [B, T], from rows that lie in files in the page cache, shuffled. Each is a process of its
 own, all of them bound to one CPU, one thread for numpy and torch; they take turns, a round each, an epoch or `--batches`. What counts is CPU time of
@@ -11,7 +11,8 @@ reader's tokens are compared with the rows of our cache: a library that gives ot
 - `get_batch`: as nanoGPT reads, a slice for each row at random places; `x` from a memmap that stays open, `x, y` as it ships, the memmap opened anew.
 - ours: tokens, targets, loss weights and document numbers; each file's checksum and digest verified; at least two windows, so that every chunk is
   read, decoded and checked in every epoch, and that is part of the time. No background thread here: it would hide work, not save it.
-- litdata, MosaicML streaming, Grain, HF datasets: tokens only. What they give is stacked into int64 by the quickest way that we found for each.
+- litdata, MosaicML streaming, Grain, HF datasets: tokens only. What they give is stacked into int64 by the quickest way that we found for each; `arrow by
+  hand` takes rows from the table and reads their buffer as numpy, past the conversions that HF datasets offers.
 
 The libraries do not install beside each other (streaming wants numpy < 2.2), so each may have an environment of its own, with torch beside it:
 `litdata`; `mosaicml-streaming`; `grain`; `datasets`. Name their interpreters after --python; this interpreter is always asked too. What none of
@@ -136,7 +137,7 @@ READERS = { # name -> (what it needs, what it gives, function)
     'litdata, StreamingDataLoader': ('litdata', X, functools.partial(litdata, dataset_only=False)),
     'MosaicML streaming, MDS': ('streaming', X, streaming),
     'Grain, MapDataset': ('grain', X, grain),
-    'HF datasets, arrow': ('datasets', X, functools.partial(datasets, form='arrow')),
+    'HF datasets, arrow by hand': ('datasets', X, functools.partial(datasets, form='arrow')),
     'HF datasets, numpy': ('datasets', X, functools.partial(datasets, form='numpy')),
     'HF datasets, torch': ('datasets', X, functools.partial(datasets, form='torch')),
 }
@@ -284,7 +285,7 @@ def main()->None:
     p.add_argument('--documents', type=int, help='at most so many documents of it')
     p.add_argument('--vocab', type=int, default=32_768, help='size of the vocabulary that is trained on it')
     p.add_argument('--seq-len', type=int, nargs='*', default=LENGTHS, help='row lengths')
-    p.add_argument('--rounds', type=int, default=7, help='turns of each reader')
+    p.add_argument('--rounds', type=int, default=15, help='turns of each reader')
     p.add_argument('--batches', type=int, help='batches of a turn; default: an epoch')
     p.add_argument('--only', nargs='*', help='readers whose name has one of these in it')
     p.add_argument('--cpu', type=int, default=max(os.sched_getaffinity(0)), help='the CPU that all readers share')
