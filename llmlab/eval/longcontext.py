@@ -8,11 +8,12 @@ __all__ = ['WORDINGS', 'GRASS', 'Question', 'as_batch', 'Task', 'CrossSegment', 
            'forced', 'written', 'wilson', 'Cell', 'Grid', 'ask', 'plot_grids', 'losses_of', 'Places',
            'loss_by_position', 'RecallGain', 'repeat_rows', 'recall_gain', 'plot_losses', 'longcontext']
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #52aaf347
+# %% ../../nbs/5_eval/06_longcontext.ipynb #086c334d
 import contextlib, io, math, re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Protocol
 import numpy as np, torch
 from fastcore.basics import patch
@@ -75,7 +76,7 @@ def _check(n:int, depth:float|None)->None:
     if n < 1: raise ConfigError(f'{n} samples: it must be 1 or more.')
     if depth is not None and not 0 <= depth <= 1: raise ConfigError(f'depth is {depth}; it must be between 0 (the beginning) and 1 (just before the question).')
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #7dc0e825
+# %% ../../nbs/5_eval/06_longcontext.ipynb #7e3b197a
 @dataclass(frozen=True)
 class CrossSegment:
     "The digits after KEY, asked for at the end. Tokens: 0 padding, 1 KEY, 2 ASK, 3-12 the digits, the rest filler."
@@ -86,7 +87,7 @@ class CrossSegment:
     @property
     def vocab_size(self)->int: return 13+self.filler
     @property
-    def chance(self)->float: return .1**self.digits
+    def chance(self)->float: return 10**-self.digits
     @property
     def digit_chance(self)->float: return .1
 
@@ -233,7 +234,7 @@ def haystack(
     ids = [t for unit in (*hay[:i], needle, *hay[i:]) for t in unit]
     return ids, int(borders[i]), float(borders[i]/max(1, borders[-1]))
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #8763dd73
+# %% ../../nbs/5_eval/06_longcontext.ipynb #8288cb0b
 @dataclass(frozen=True)
 class TextTask:
     "A needle in text, of an exact number of tokens. Made by `text_task` for one of our tokenizers."
@@ -254,7 +255,7 @@ class TextTask:
         check_digits(self.encode)
 
     @property
-    def chance(self)->float: return .1**self.digits
+    def chance(self)->float: return 10**-self.digits
     @cached_property
     def digit_chance(self)->float: return .1**(self.digits/len(split_answer(self.encode, self.wording.question, '7'*self.digits)[1])) # a token may hold several digits
     @cached_property
@@ -355,7 +356,7 @@ def forced(
             out.append((torch.zeros(len(group), device=right.device).index_add_(0, row, right)/batch.weights.sum(1)).cpu())
     return torch.cat(out).double().numpy()
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #c63451bb
+# %% ../../nbs/5_eval/06_longcontext.ipynb #b17d8848
 def written(
     network:nn.Module, # on the machine's device
     objective:Objective, # how it writes
@@ -369,7 +370,7 @@ def written(
     "What a network answers by itself, taking the likeliest token each time."
     if any(q.places != tuple(range(q.places[0], q.length)) for q in questions): raise ConfigError('these rows hold several questions; to be written, the answer must be the end of the row. Score them by=forced.')
     more = 0 if decode is None else 4 # tokens to see where a number ends
-    check_length(network, max(q.length for q in questions)+more, written=True)
+    check_length(network, max(q.length for q in questions)-1+more, written=True)
     right, part = [], []
     with looking(network), machine.autocast():
         for group in _groups(questions, batch_tokens):
@@ -391,7 +392,7 @@ def wilson(
     middle, half = right+z*z/2, z*math.sqrt(right*(n-right)/n+z*z/4)
     return max(0., (middle-half)/(n+z*z)), min(1., (middle+half)/(n+z*z))
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #423526f5
+# %% ../../nbs/5_eval/06_longcontext.ipynb #0848a577
 @dataclass(frozen=True)
 class Cell:
     "Some questions of one length and depth."
@@ -439,7 +440,14 @@ class Grid:
         return {'task': self.name, 'lengths': self.lengths, 'depths': self.depths, 'samples': self.on[0].samples, 'chance': self.chance, 'digit_chance': self.digit_chance} | {
             arm: {'accuracy': self.values(arm).tolist(), 'digits': self.values(arm, 'digits').tolist(), 'total': self.total(arm)} for arm in self.arms}
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #0e4ff133
+    @classmethod
+    def from_record(cls, r:dict)->'Grid':
+        "The grid that a record was made of."
+        def cells(arm:str)->tuple[Cell, ...]:
+            return tuple(Cell(n, d, r['samples'], round(r[arm]['accuracy'][i][j]*r['samples']), r[arm]['digits'][i][j]) for j, n in enumerate(r['lengths']) for i, d in enumerate(r['depths']))
+        return cls(r['task'], r['chance'], r['digit_chance'], cells('on'), cells('off') if 'off' in r else None)
+
+# %% ../../nbs/5_eval/06_longcontext.ipynb #80e899fd
 def ask(
     network:nn.Module, # on the machine's device
     task:Task, # makes the questions
@@ -461,12 +469,13 @@ def ask(
     def cell(length:int, depth:float, questions:list[Question])->Cell:
         right, part = (answer or by_force)(questions)
         return Cell(length, depth, samples, int(right.sum()), float(part.mean()))
+    for n in lengths: task.questions(1, n, depths[0], seed) and check_length(network, n-1) # what does not fit is told at once
     on, without = [], []
-    asked = [(n, d, task.questions(samples, n, d, seed)) for n in lengths for d in depths] # all of them first: a length that does not fit is told at once
-    for one in asked:
-        on.append(cell(*one))
+    for n, d in product(lengths, depths):
+        questions = task.questions(samples, n, d, seed)
+        on.append(cell(n, d, questions))
         if off is not None:
-            with off(): without.append(cell(*one))
+            with off(): without.append(cell(n, d, questions))
     return Grid(task.name, task.chance, task.digit_chance, tuple(on), tuple(without) if off is not None else None)
 
 # %% ../../nbs/5_eval/06_longcontext.ipynb #0bfc7577
@@ -680,7 +689,7 @@ def plot_losses(
     if 'off' in next(iter(places.values()), [{}])[0] or gain and 'off' in gain: axes[0].legend(fontsize=8)
     return _png(fig)
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #c445c2eb
+# %% ../../nbs/5_eval/06_longcontext.ipynb #11613dcb
 def _stream(batches:Sequence[Batch])->np.ndarray:
     "All tokens of some rows, without padding."
     return np.concatenate([b.tokens[b.document >= 0].cpu().numpy() for b in batches])
@@ -707,6 +716,7 @@ def longcontext(
     off:Callable[[], contextlib.AbstractContextManager]|None=None, # the memory is off within it; None: it has none
     gaps:Sequence[int]|None=None, # filler between the copies of a passage, tokens; None: none, a quarter of a row, all that fits into one
     passage_tokens:int|None=None, # length of a passage; None: a quarter of a row, at most 256
+    segment_len:int|None=None, # N: also give the loss by place in such segments; None: those of the network, if it has any
     machine:Machine=Machine(), # device, and the format of the products
     batch_tokens:int=2**15, # tokens at once
     say:Callable[[str], None]=lambda line: None, # told what happens
@@ -725,16 +735,17 @@ def longcontext(
         for arm in grid.arms: out |= {f'longcontext/{name}{"_off"*(arm == "off")}{k}': v for k, v in (('', grid.total(arm)['accuracy']), ('_digits', grid.total(arm)['digits']))}
         out[f'longcontext/{name}_chance'] = grid.chance
         say(grid.table())
-    return out | _of_rows(model, batches, gaps, passage_tokens, samples, how, {'grids': {n: g.record() for n, g in grids.items()}, 'by': by, 'seed': seed})
+    return out | _of_rows(model, batches, gaps, passage_tokens, segment_len, samples, how, {'grids': {n: g.record() for n, g in grids.items()}, 'by': by, 'seed': seed})
 
-def _of_rows(model:OpenModel, batches:Iterable[Batch]|None, gaps:Sequence[int]|None, passage_tokens:int|None, samples:int, how:dict, all_of_it:dict)->dict:
+def _of_rows(model:OpenModel, batches:Iterable[Batch]|None, gaps:Sequence[int]|None, passage_tokens:int|None, segment_len:int|None, samples:int, how:dict, all_of_it:dict)->dict:
     "What real rows tell: the loss by position and the recall gain."
     if batches is None: return {'longcontext': all_of_it}
-    batches, segment_len, out = list(batches), getattr(model.network.shape, 'segment_len', None), {}
+    batches, shape, out = list(batches), model.network.shape, {}
+    if segment_len is None and getattr(shape, 'attention', 'full') != 'full': segment_len = shape.segment_len
     places = loss_by_position(model.network, batches, segment_len, off=how['off'], machine=how['machine'])
     all_of_it['places'] = {view: p.buckets(None if view == 'position' else range(len(p.counts))) for view, p in places.items()}
-    first, last = all_of_it['places']['position'][0], all_of_it['places']['position'][-1]
-    out |= {f'longcontext/loss_{k}{"_off"*(arm == "off")}': b[arm] for k, b in (('first', first), ('last', last)) for arm in ('on', 'off') if arm in b}
+    whole, first, last = places['position'].buckets([0])[0], all_of_it['places']['position'][0], all_of_it['places']['position'][-1]
+    out |= {f'longcontext/loss{k}{"_off"*(arm == "off")}': b[arm] for k, b in (('', whole), ('_first', first), ('_last', last)) for arm in ('on', 'off') if arm in b}
     if gain := _read_twice(model, batches, gaps, passage_tokens, max(samples, 8), **how):
         all_of_it['gain'] = gain.record()
         out |= {f'longcontext/recall_gain{suffix}': arm[-1] for suffix, arm in (('', gain.on), ('_off', gain.off)) if arm is not None}
