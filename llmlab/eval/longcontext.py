@@ -660,7 +660,7 @@ def recall_gain(
     mean, se = (lambda arm: tuple(float(d.mean()) for d in found[arm])), (lambda arm: tuple(standard_error(d, np.ones_like(d)) for d in found[arm]))
     return RecallGain(tuple(gaps), len(passages), P, mean('on'), se('on'), *((mean('off'), se('off')) if off is not None else ()))
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #bcaabc7e
+# %% ../../nbs/5_eval/06_longcontext.ipynb #6367a623
 _axes = {'position': 'position in the document (tokens)', 'within': 'place in the segment (tokens)', 'segment': 'segments since the document began'}
 
 def plot_losses(
@@ -686,7 +686,7 @@ def plot_losses(
         axes[-1].axhline(0, color='black', lw=.8)
         axes[-1].set(xlabel='filler between the copies (tokens)', ylabel='second copy less first (nats)')
     for ax in axes: ax.grid(alpha=.3)
-    if 'off' in next(iter(places.values()), [{}])[0] or gain and 'off' in gain: axes[0].legend(fontsize=8)
+    if len(axes[-1].get_legend_handles_labels()[1]) > 1: fig.legend(*axes[-1].get_legend_handles_labels(), loc='outside upper center', ncols=2)
     return _png(fig)
 
 # %% ../../nbs/5_eval/06_longcontext.ipynb #11613dcb
