@@ -1,0 +1,83 @@
+"""Infini-attention, forward and backward: all segments at once beside the loop over segments, and beside full attention; then single tokens.
+
+    python tests/bench/infini.py [--segments 64] [--segment-len 64] [--heads 4] [--kv-heads 4] [--head-size 64] [--rounds 7] [--tokens 0] [--json FILE]
+
+One row of segments x segment-len tokens, fp32, one thread, the contestants in turns; milliseconds of the processor, medians. The loop is `sequential`, which
+knows documents and builds a mask for each segment; `plain loop` is the same rule without any of that: as fast as a loop over segments can be written. Both
+rules, the memory alone and with local attention. `--tokens 10000` streams so many tokens one by one: milliseconds for each tenth of them, bytes of the state.
+"""
+import argparse, json, statistics, time
+from pathlib import Path
+import torch, torch.nn.functional as F
+from llmlab.models.attention import attend
+from llmlab.models.infini import Memory, MemorySettings, elu1, local_attention, sequential, state_bytes
+
+
+def turns(contestants:dict, rounds:int)->dict:
+    taken = {name: [] for name in contestants}
+    for r in range(rounds+1):
+        for name, work in contestants.items():
+            start = time.process_time()
+            work()
+            if r: taken[name].append((time.process_time()-start)*1e3)
+    return {name: statistics.median(t) for name, t in taken.items()}
+
+
+def loop(q, k, v, g, N, rule): # no documents, no settings; elu1, un-rotated, as many key heads as query heads
+    g, M, z, out = g.view(1, -1, 1, 1), None, None, []
+    for q, k, v in zip(*(x.split(N, 2) for x in (q, k, v))):
+        local = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        pq, pk = elu1(q), elu1(k)
+        read = lambda p: (p@M)/(p@z.unsqueeze(-1)).clamp_min(1e-6)
+        out.append(local if M is None else torch.lerp(local, read(pq), g))
+        if rule == 'delta' and M is not None: v = v - read(pk)
+        M, z = (pk.mT@v, pk.sum(2)) if M is None else (M+pk.mT@v, z+pk.sum(2))
+    return torch.cat(out, 2)
+
+
+def training(a)->dict:
+    T, N, H, Hk, D = a.segments*a.segment_len, a.segment_len, a.heads, a.kv_heads, a.head_size
+    q, k, v = (torch.randn(1, h, T, D).requires_grad_() for h in (H, Hk, Hk))
+    up, run = torch.randn(1, H, T, D), {}
+    def add(name, f): run[name] = lambda: torch.autograd.grad(f(), (q, k, v), up)
+    for rule in ('linear', 'delta'):
+        s = MemorySettings(N, rule)
+        m = Memory(H, Hk, D, s)
+        add(f'{rule}, parallel', lambda m=m: m(q, k, v, q, k, backend='blocks'))
+        add(f'{rule}, sequential', lambda m=m, s=s: sequential(q, k, v, q, k, m.g, s))
+        if H == Hk: add(f'{rule}, plain loop', lambda m=m, rule=rule: loop(q, k, v, m.g, N, rule))
+        torch.testing.assert_close(m(q, k, v, q, k, backend='blocks'), sequential(q, k, v, q, k, m.g, s), rtol=0, atol=1e-3)
+    add('local alone', lambda: local_attention(q, k, v, segment_len=N, backend='blocks'))
+    add('full, sdpa', lambda: attend(q, k, v, backend='sdpa'))
+    return turns(run, a.rounds)
+
+
+def tokens(a)->dict:
+    s = MemorySettings(a.segment_len)
+    m, state, times = Memory(a.heads, a.kv_heads, a.head_size, s), {}, []
+    with torch.inference_mode():
+        for _ in range(a.tokens):
+            q, k, v = (torch.randn(1, h, 1, a.head_size) for h in (a.heads, a.kv_heads, a.kv_heads))
+            start = time.process_time()
+            m.stream(q, k, v, lambda x, places: x, state, 1)
+            times.append((time.process_time()-start)*1e3)
+    tenth = a.tokens//10
+    return {'ms of a token, by tenths': [statistics.median(times[i*tenth:(i+1)*tenth]) for i in range(10)],
+            'bytes of the state': sum(x.nbytes for x in state.values()), 'by formula': state_bytes(s, a.kv_heads, a.head_size)}
+
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in dict(segments=64, segment_len=64, heads=4, kv_heads=4, head_size=64, rounds=7, tokens=0).items():
+        p.add_argument('--'+name.replace('_', '-'), type=int, default=default)
+    p.add_argument('--json', type=Path, help='write the numbers here too')
+    a = p.parse_args()
+    torch.set_num_threads(1); torch.manual_seed(0)
+    taken = training(a)
+    print(f'{a.segments} segments of {a.segment_len} tokens, {a.heads} heads on {a.kv_heads}, {a.head_size} channels\n\n| | ms | times the parallel form |\n|---|---:|---:|')
+    for name, t in taken.items():
+        own = taken.get(name.split(',')[0]+', parallel')
+        print(f'| {name} | {t:.0f} | {f"{t/own:.1f}" if own else ""} |')
+    streamed = tokens(a) if a.tokens else None
+    if streamed: print('\n'+'\n'.join(f'{k}: {[round(x, 3) for x in v] if isinstance(v, list) else v}' for k, v in streamed.items()))
+    if a.json: a.json.write_text(json.dumps({'shape': {k: v for k, v in vars(a).items() if k != 'json'}, 'ms': taken, 'streamed': streamed}, indent=1))
