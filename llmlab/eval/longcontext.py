@@ -134,7 +134,7 @@ class Associative:
             out.append(Question(tuple(row.tolist()), tuple(range(length-2*Q+1, length, 2)), int(i), float(i/max(1, room))))
         return out
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #9612ea87
+# %% ../../nbs/5_eval/06_longcontext.ipynb #bbbe3ded
 @dataclass(frozen=True)
 class Wording:
     "How a needle and its question are put; {subject} and {key} are filled in."
@@ -142,7 +142,7 @@ class Wording:
     needle:str                # a sentence or more
     question:str              # what the answer follows, after a space
     subjects:tuple[str, ...]  # what a needle can be about; distractors are about another one
-    asks_first:bool           # is the first subject the one that is always asked for?
+    asks_first:bool           # is the first subject always the one that is asked for?
 
 _codes = ('pass key', 'gate code', 'vault number', 'door number', 'locker code', 'badge number', 'alarm code', 'box number')
 _towns = ('Lisbon', 'Oslo', 'Cairo', 'Lima', 'Kyoto', 'Perth', 'Quito', 'Accra', 'Riga', 'Hanoi')
@@ -689,7 +689,7 @@ def plot_losses(
     if len(axes[-1].get_legend_handles_labels()[1]) > 1: fig.legend(*axes[-1].get_legend_handles_labels(), loc='outside upper center', ncols=2)
     return _png(fig)
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #11613dcb
+# %% ../../nbs/5_eval/06_longcontext.ipynb #3783be18
 def _stream(batches:Sequence[Batch])->np.ndarray:
     "All tokens of some rows, without padding."
     return np.concatenate([b.tokens[b.document >= 0].cpu().numpy() for b in batches])
@@ -702,11 +702,25 @@ def _read_twice(model:OpenModel, batches:Sequence[Batch], gaps:Sequence[int]|Non
     gaps = gaps if gaps is not None else sorted({0, max(0, seq_len//4), max(0, seq_len-2*P)})
     return recall_gain(model.network, stream[:n*P].reshape(n, P).tolist(), stream[len(stream)//2:], gaps, start=(model.tokenizer.bos_id,), **how) if n else None
 
+def _of_rows(model:OpenModel, batches:Sequence[Batch], segment_len:int|None, gain:RecallGain|None, how:dict)->tuple[dict, dict]: # longcontext/...; what is behind them
+    "What real rows tell: the loss by position and the recall gain."
+    shape, arms = model.network.shape, ('on', 'off') if how['off'] is not None else ('on',)
+    if segment_len is None and getattr(shape, 'attention', 'full') != 'full': segment_len = shape.segment_len
+    places = loss_by_position(model.network, batches, segment_len, off=how['off'], machine=how['machine'])
+    buckets = {view: p.buckets(None if view == 'position' else range(len(p.counts))) for view, p in places.items()}
+    three = {'': places['position'].buckets([0])[0], '_first': buckets['position'][0], '_last': buckets['position'][-1]}
+    numbers = {f'longcontext/loss{k}{"_off"*(arm == "off")}': b[arm] for k, b in three.items() for arm in arms}
+    if gain is None: return numbers, {'places': buckets}
+    far = gain.gaps.index(max(gain.gaps))
+    numbers |= {f'longcontext/recall_gain{"_off"*(arm == "off")}': getattr(gain, arm)[far] for arm in arms}
+    return numbers, {'places': buckets, 'gain': gain.record()}
+
+# %% ../../nbs/5_eval/06_longcontext.ipynb #c1b8591f
 def longcontext(
     model:OpenModel, # an open checkpoint
     batches:Iterable[Batch]|None=None, # real rows, for the loss by position and the recall gain; None: without these
     *,
-    lengths:Sequence[int]|None=None, # tokens of prompt and answer; None: that of the training rows, and half of it
+    lengths:Sequence[int]|None=None, # tokens of prompt and answer; None: a training row, and with a memory twice and four times as much
     depths:Sequence[float]=(0., .25, .5, .75, 1.), # 0: at the beginning, 1: just before the question
     samples:int=20, # questions of each length and depth
     seed:int=0, # of the questions
@@ -726,27 +740,20 @@ def longcontext(
     if objective.name != 'ar': raise ConfigError(f'long context is asked for from left to right, and {model.info["path"]} is of the family {objective.name}. Leave out the metric longcontext.')
     if by not in ('forced', 'written'): raise ConfigError(f'by is {by!r}; it must be forced or written.')
     T, how = network.shape.seq_len, dict(off=off, machine=machine, batch_tokens=batch_tokens)
-    lengths = sorted({T//2, T}) if lengths is None else list(lengths)
+    lengths = ([T] if off is None else [T, 2*T, 4*T]) if lengths is None else list(lengths)
     if lengths and max(lengths) > T+1: say(f'Lengths up to {max(lengths):,}: beyond the {T:,} tokens that this model was trained on.')
-    write = lambda questions: written(network, objective, questions, tokenizer.decode, stop_id=tokenizer.eos_id, machine=machine, batch_tokens=batch_tokens)
-    out, grids = {}, {}
-    for name in tasks:
-        grids[name] = grid = ask(network, text_task(tokenizer, name, **settings or {}), lengths, depths, samples, seed=seed, answer=write if by == 'written' else None, **how)
-        for arm in grid.arms: out |= {f'longcontext/{name}{"_off"*(arm == "off")}{k}': v for k, v in (('', grid.total(arm)['accuracy']), ('_digits', grid.total(arm)['digits']))}
-        out[f'longcontext/{name}_chance'] = grid.chance
+    def write(questions:Sequence[Question])->tuple[np.ndarray, np.ndarray]:
+        return written(network, objective, questions, tokenizer.decode, stop_id=tokenizer.eos_id, machine=machine, batch_tokens=batch_tokens)
+    out, all_of_it = {}, {'grids': {}, 'by': by, 'seed': seed}
+    for task in [text_task(tokenizer, name, **settings or {}) for name in tasks]: # all of them first: a wrong name is told at once
+        grid = ask(network, task, lengths, depths, samples, seed=seed, answer=write if by == 'written' else None, **how)
+        for arm in grid.arms: out |= {f'longcontext/{task.name}{"_off"*(arm == "off")}{k}': grid.total(arm)[v] for k, v in (('', 'accuracy'), ('_digits', 'digits'))}
+        out[f'longcontext/{task.name}_chance'] = grid.chance
+        all_of_it['grids'][task.name] = grid.record()
         say(grid.table())
-    return out | _of_rows(model, batches, gaps, passage_tokens, segment_len, samples, how, {'grids': {n: g.record() for n, g in grids.items()}, 'by': by, 'seed': seed})
-
-def _of_rows(model:OpenModel, batches:Iterable[Batch]|None, gaps:Sequence[int]|None, passage_tokens:int|None, segment_len:int|None, samples:int, how:dict, all_of_it:dict)->dict:
-    "What real rows tell: the loss by position and the recall gain."
-    if batches is None: return {'longcontext': all_of_it}
-    batches, shape, out = list(batches), model.network.shape, {}
-    if segment_len is None and getattr(shape, 'attention', 'full') != 'full': segment_len = shape.segment_len
-    places = loss_by_position(model.network, batches, segment_len, off=how['off'], machine=how['machine'])
-    all_of_it['places'] = {view: p.buckets(None if view == 'position' else range(len(p.counts))) for view, p in places.items()}
-    whole, first, last = places['position'].buckets([0])[0], all_of_it['places']['position'][0], all_of_it['places']['position'][-1]
-    out |= {f'longcontext/loss{k}{"_off"*(arm == "off")}': b[arm] for k, b in (('', whole), ('_first', first), ('_last', last)) for arm in ('on', 'off') if arm in b}
-    if gain := _read_twice(model, batches, gaps, passage_tokens, max(samples, 8), **how):
-        all_of_it['gain'] = gain.record()
-        out |= {f'longcontext/recall_gain{suffix}': arm[-1] for suffix, arm in (('', gain.on), ('_off', gain.off)) if arm is not None}
+    if batches is not None:
+        gain = _read_twice(model, batches := list(batches), gaps, passage_tokens, max(samples, 8), **how)
+        if gain is None: say('Too little text to read a passage twice: there is no recall gain.')
+        numbers, more = _of_rows(model, batches, segment_len, gain, how)
+        out, all_of_it = out | numbers, all_of_it | more
     return out | {'longcontext': all_of_it}
