@@ -150,7 +150,7 @@ def test_the_toy(digits, length, depth, seed):
         assert ids.count(1) == ids.count(2) == 1 and ids.index(1) == q.needle and ids[-D-1] == 2
         assert list(ids[q.needle+1:q.needle+1+D]) == q.answer == list(ids[-D:])
         assert all(13 <= t < 40 for i, t in enumerate(ids[:-D-1]) if not q.needle <= i <= q.needle+D)
-        if depth is not None: assert q.needle == round(depth*(length-2*D-2))
+        if depth is not None: assert abs(q.needle-round(depth*(length-2*D-2))) <= 8 and 0 <= q.needle <= length-2*D-2
 
 
 @slow
@@ -165,6 +165,16 @@ def test_pairs_and_queries(pairs, queries, segment_len, extra, depth):
         assert len(values) == pairs and [values[q.ids[p-1]] for p in q.places] == q.answer and len(q.places) == queries
         assert (q.needle+2*pairs-1)//segment_len < (q.places[0]-1)//segment_len # a border lies between
         assert len({q.ids[p-1] for p in q.places}) == queries and max(q.ids) < task.vocab_size
+
+
+def test_needles_of_a_depth_are_spread():
+    "Or all of a cell would lie across a border of segments, or none."
+    for task in (CrossSegment(), Associative(2, 1)):
+        places = {depth: [q.needle for q in task.questions(200, 120, depth)] for depth in (0., .5, 1.)}
+        assert len(set(places[.5])) == 17 and len(set(places[0.])) == len(set(places[1.])) == 9 and min(places[0.]) == 0
+        assert [a-b for a, b in zip(places[.5], places[.5][1:])] == [q.needle-r.needle for q, r in zip(task.questions(200, 120, .4), task.questions(200, 120, .4)[1:])]
+    places = {q.needle for q in text_task(byte).questions(40, 700, .3)}
+    assert len(places) >= 4
 
 
 def test_the_haystack_keeps_every_token():

@@ -57,7 +57,7 @@ def as_batch(
         weights[i, list(q.places)] = 1
     return Batch(*map(torch.from_numpy, (ids[:, :-1].copy(), ids[:, 1:].copy(), weights[:, 1:].copy(), document[:, :-1].copy())), one_document=True)
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #d8713758
+# %% ../../nbs/5_eval/06_longcontext.ipynb #a29f26e6
 class Task(Protocol):
     "Makes questions."
     name:str
@@ -72,16 +72,22 @@ def _draws(name:str, split:str, seed:int, length:int)->np.random.Generator:
     if split not in ('train', 'eval'): raise ConfigError(f'split is {split!r}; it must be train or eval.')
     return np.random.default_rng(list(hash_bytes(f'{name} {split} {seed} {length}'.encode()).encode()))
 
+def _spread(n:int, depth:float|None, room:int, tokens:int, draws:np.random.Generator)->np.ndarray: # [n], 0 to room
+    "Places at a depth, give or take some tokens; depth None: anywhere."
+    anywhere, apart = draws.integers(0, room+1, n), draws.integers(-tokens, tokens+1, n)
+    return anywhere if depth is None else np.clip(round(depth*room)+apart, 0, room)
+
 def _check(n:int, depth:float|None)->None:
     if n < 1: raise ConfigError(f'{n} samples: it must be 1 or more.')
     if depth is not None and not 0 <= depth <= 1: raise ConfigError(f'depth is {depth}; it must be between 0 (the beginning) and 1 (just before the question).')
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #7e3b197a
+# %% ../../nbs/5_eval/06_longcontext.ipynb #ed063589
 @dataclass(frozen=True)
 class CrossSegment:
     "The digits after KEY, asked for at the end. Tokens: 0 padding, 1 KEY, 2 ASK, 3-12 the digits, the rest filler."
     digits:int=2  # of a key
     filler:int=27 # different tokens that do not matter
+    spread:int=8  # tokens that a needle may be away from its depth
     name:str='cross_segment'
 
     @property
@@ -96,12 +102,11 @@ class CrossSegment:
         _check(n, depth)
         D, draws = self.digits, _draws(self.name, split, seed, length)
         if (room := length-2*(D+1)) < 0: raise ConfigError(f'a length of {length} is too short: KEY and {D} digits, ASK and {D} digits take {2*(D+1)} tokens.')
-        rows, keys, anywhere = draws.integers(13, self.vocab_size, (n, length)), draws.integers(3, 13, (n, D)), draws.integers(0, room+1, n)
-        at = anywhere if depth is None else np.full(n, round(depth*room))
+        rows, keys, at = draws.integers(13, self.vocab_size, (n, length)), draws.integers(3, 13, (n, D)), _spread(n, depth, room, self.spread, draws)
         for row, key, i in zip(rows, keys, at): row[i], row[i+1:i+1+D], row[-D-1], row[-D:] = 1, key, 2, key
         return [Question(tuple(row.tolist()), tuple(range(length-D, length)), int(i), float(i/max(1, room))) for row, i in zip(rows, at)]
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #98c7fc90
+# %% ../../nbs/5_eval/06_longcontext.ipynb #4358494d
 @dataclass(frozen=True)
 class Associative:
     "Pairs of key and value, asked for at the end. Tokens: 0 padding, then the keys, the values, the filler."
@@ -111,6 +116,7 @@ class Associative:
     keys:int=32        # different keys
     values:int=32      # different values
     filler:int=32      # different tokens that do not matter
+    spread:int=8       # tokens that the pairs may be away from their depth
     name:str='associative'
 
     @property
@@ -126,8 +132,8 @@ class Associative:
         P, Q, N, draws = self.pairs, self.queries, self.segment_len, _draws(self.name, split, seed, length)
         if not 1 <= Q <= P <= self.keys: raise ConfigError(f'{Q} queries, {P} pairs, {self.keys} keys: each must be at least 1 and at most the next.')
         if (room := (length-2*Q)//N*N-2*P) < 0: raise ConfigError(f'a length of {length} is too short: {P} pairs, a border of segments of {N} and {Q} queries take {-(-2*P//N)*N+2*Q} tokens.')
-        out, anywhere = [], draws.integers(0, room+1, n)
-        for i in anywhere if depth is None else np.full(n, round(depth*room)):
+        out = []
+        for i in _spread(n, depth, room, self.spread, draws):
             row = draws.integers(1+self.keys+self.values, self.vocab_size, length)
             told = np.stack([1+draws.permutation(self.keys)[:P], 1+self.keys+draws.integers(0, self.values, P)], 1)
             row[i:i+2*P], row[length-2*Q:] = told.ravel(), draws.permutation(told)[:Q].ravel()
@@ -154,7 +160,7 @@ WORDINGS = {
 }
 GRASS = ('The grass is green.', 'The sky is blue.', 'The sun is yellow.', 'Here we go.', 'There and back again.')
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #437597ee
+# %% ../../nbs/5_eval/06_longcontext.ipynb #80b8db83
 _words = ('time year people way day man thing woman life child world school state family student group country problem hand part place case week company system program question work night point home water '
           'room mother area money story fact month lot right study book eye job word business issue side kind head house service friend father power hour game line end member law car city name team minute idea').split()
 
@@ -169,10 +175,10 @@ def sentences(
     return found
 
 def _filler(kind:str|Sequence[str], draws:np.random.Generator)->Iterator[str]:
-    "Units without end: the sentences in their order, real ones from somewhere on, words at random."
+    "Units without end: sentences in their order, from one of them on; words at random."
     while kind == 'words': yield ' '.join(draws.choice(_words, draws.integers(5, 13))).capitalize()+'.'
     kind = GRASS if kind == 'grass' else kind
-    i = 0 if kind is GRASS else int(draws.integers(len(kind)))
+    i = int(draws.integers(len(kind)))
     while True: yield kind[i%len(kind)]; i += 1
 
 # %% ../../nbs/5_eval/06_longcontext.ipynb #e071d44f
