@@ -57,7 +57,7 @@ def check_dials(max_new_tokens:int, temperature:float, top_k:int|None, top_p:flo
     wrong += ['sampling draws random numbers: give a generator, or temperature 0']*(temperature > 0 and generator is None)
     if wrong: raise ConfigError('; '.join(wrong)+'.')
 
-# %% ../../nbs/3_models/05_ar.ipynb #a7f159c4
+# %% ../../nbs/3_models/05_ar.ipynb #6a085d4a
 class Reader:
     "Rows that go on: gives the scores of each row's next token."
     def __init__(self,
@@ -65,7 +65,7 @@ class Reader:
         prompts:Sequence[Sequence[int]], # tokens of each row, none empty
         room:int, # tokens that will be added at most
     ):
-        self.network, self.rows, self.limit = network, [list(p) for p in prompts], network.shape.seq_len
+        self.network, self.rows, self.limit = network, [list(p) for p in prompts], network.context
         self.starts = [max(0, len(row)-self.limit) for row in self.rows]
         self.capacity = min(self.limit, max(map(len, self.rows))+room)
         self.done = [False]*len(self.rows)

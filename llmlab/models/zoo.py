@@ -30,10 +30,18 @@ SIZES = {
     '415m':   dict(d_model=1536, num_heads=24, num_kv_heads=6,  num_layers=14, d_ff=3968, vocab_size=49152),
 }
 
-# %% ../../nbs/3_models/08_zoo.ipynb #e45d3771
+# %% ../../nbs/3_models/08_zoo.ipynb #ed8d6206
 def _inner_width(model:Model, size:dict)->int: # F, where the config does not say it
     width = size['d_ff'] if model.d_model in (None, size['d_model']) else -(-8*model.d_model//24)*8 # 8/3 of the width, up to a multiple of 8
     return width if model.mlp == 'swiglu' else width*3//2
+
+def _segments(model:Model)->dict: # fields of `Shape`
+    "Attention in segments; nothing where attention is full."
+    i = model.infini
+    if model.attention == 'full': return {}
+    if model.attention != 'infini': return dict(attention=model.attention, segment_len=i.segment_len)
+    return dict(attention='infini', memory_rule=i.rule, memory_decay=i.decay, memory_recompute=i.recompute,
+        **{k: getattr(i, k) for k in ('segment_len', 'feature_map', 'gate', 'gate_init', 'first_segment', 'window', 'bptt_segments')})
 
 def shape_of(
     model:Model, # the section `model` of the config
@@ -46,9 +54,9 @@ def shape_of(
     heads, group = given('num_heads'), size['num_heads']//size['num_kv_heads']
     return Shape(vocab_size=vocab_size, seq_len=seq_len, d_model=given('d_model'), num_layers=given('num_layers'), num_heads=heads,
         num_kv_heads=model.num_kv_heads or (heads//group if heads % group == 0 else heads), d_ff=model.d_ff or _inner_width(model, size),
-        **{k: getattr(model, k) for k in ('norm', 'qk_norm', 'mlp', 'position', 'rope_theta', 'token_mix', 'tie_embeddings', 'isolate_documents')})
+        **_segments(model), **{k: getattr(model, k) for k in ('norm', 'qk_norm', 'mlp', 'position', 'rope_theta', 'token_mix', 'tie_embeddings', 'isolate_documents')})
 
-# %% ../../nbs/3_models/08_zoo.ipynb #aee0db8f
+# %% ../../nbs/3_models/08_zoo.ipynb #56c36d79
 OBJECTIVES = {'ar': AR, 'diffusion': Diffusion, 'sdd': SDD}
 
 def make_objective(
@@ -80,6 +88,8 @@ def build_model(
     choose_backend(cfg.model.backend, device, dtype, heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_size=shape.head_size, num_tokens=shape.seq_len, say=say)
     network = build(shape, cfg.model.backend, cfg.run.seed, device)
     network.recompute = cfg.trainer.gradient_checkpointing
+    for block in network.blocks if shape.attention == 'infini' else (): # the gates of all layers, one group: a rate of their own, and a decay that is a number
+        block.attention.memory.own_optim = {'name': 'gates', 'peak': cfg.model.infini.gate_lr, 'weight_decay': cfg.model.infini.gate_weight_decay}
     t = cfg.trainer
     objective = make_objective(cfg.model, special or own_special(vocab_size), cfg.run.seed, t.batch_size*t.gradient_accumulation_steps)
     return add_extras(network, objective, cfg.run.seed), objective
@@ -104,13 +114,13 @@ def _llama_pairs(network:Transformer)->list[tuple[torch.Tensor, list[str]]]:
             pairs.append((block.get_parameter(ours), [f'model.layers.{i}.{name}' for name in theirs]))
     return pairs
 
-# %% ../../nbs/3_models/08_zoo.ipynb #e07d9b79
+# %% ../../nbs/3_models/08_zoo.ipynb #154f1722
 def to_llama(
     network:Transformer, # rmsnorm, swiglu, rope; no qk_norm, no token_mix
 )->nn.Module: # a transformers.LlamaForCausalLM on the CPU, in the format of the weights
     "The same network as Hugging Face's Llama. Raises `ConfigError` where the two differ."
     from transformers import LlamaConfig, LlamaForCausalLM
-    s, wanted = network.shape, dict(norm='rmsnorm', qk_norm=False, mlp='swiglu', position='rope', token_mix='none')
+    s, wanted = network.shape, dict(attention='full', norm='rmsnorm', qk_norm=False, mlp='swiglu', position='rope', token_mix='none')
     if wrong := [f'{k} is {getattr(s, k)} (Llama: {v})' for k, v in wanted.items() if getattr(s, k) != v]:
         raise ConfigError(f'this model is not a Llama: {"; ".join(wrong)}. Train one with these settings to take it there.')
     config = LlamaConfig(vocab_size=s.vocab_size, hidden_size=s.d_model, intermediate_size=s.d_ff, num_hidden_layers=s.num_layers,
