@@ -138,7 +138,7 @@ def prepare(
         print(f'Token files: {write({"train": data.train, "validation": data.validation}, export_bins, data.tokenizer)}')
     if report: _report([c for c in (data.train, data.validation) if c is not None], data.tokenizer, report)
 
-# %% ../nbs/90_cli.ipynb #ded0566a
+# %% ../nbs/90_cli.ipynb #e8cd3112
 def _options(text:str|None)->dict|None: # 'steps=16,order=prob' -> {'steps': 16, 'order': 'prob'}
     from llmlab.config import parse_value
     if text is None: return None
@@ -150,15 +150,23 @@ def _numbers(text:str|None, option:str)->tuple[float, ...]|None: # '0.6,1' -> (.
     try: return None if text is None else tuple(float(x) for x in text.split(','))
     except ValueError: raise ConfigError(f'{option} takes numbers with commas between them, as 0.6,0.8,1.0; this is {text!r}.') from None
 
+def _asking(lengths:str|None, depths:str|None, samples:int|None, tasks:str|None, by:str|None, settings:dict)->dict:
+    "What is asked of long context, of the options that were given."
+    found, settings = _numbers(lengths, '--lengths'), {k: v for k, v in settings.items() if v is not None}
+    asking = dict(lengths=found and [int(n) for n in found], depths=_numbers(depths, '--depths'), samples=samples, tasks=None if tasks is None else tasks.split(','), by=by, settings=settings or None)
+    return {k: v for k, v in asking.items() if v is not None}
+
 def _write_results(results:list[dict], output:str|None, plot:str|None)->None:
     "Numbers to a JSON or Markdown file, and the picture."
     from llmlab.eval.compare import comparison_markdown, names_of, plot_comparison
     from llmlab.eval.generation import plot_frontier
+    from llmlab.eval.longcontext import Grid, plot_grids
     from llmlab.files import write_json, write_whole
     if output and output.endswith('.md'): write_whole(output, comparison_markdown(results).encode())
     elif output: write_json(output, results if len(results) > 1 else results[0])
     curves = {n: r['generation'] for n, r in zip(names_of(results), results) if r.get('judge')}
-    if plot: write_whole(plot, plot_frontier(curves) if curves else plot_comparison(results))
+    grids = {f'{n}, {task}': Grid.from_record(g) for n, r in zip(names_of(results), results) for task, g in r.get('longcontext', {}).get('grids', {}).items()}
+    if plot: write_whole(plot, plot_grids(grids) if grids else plot_frontier(curves) if curves else plot_comparison(results))
 
 def _results(path:str)->list[dict]: # of an earlier --output
     from llmlab.files import read_json
@@ -167,7 +175,7 @@ def _results(path:str)->list[dict]: # of an earlier --output
     if not all(isinstance(r, dict) and 'checkpoint' in r for r in found): raise ConfigError(f'{path} holds no results of llmlab_eval --output FILE.json.')
     return found
 
-# %% ../nbs/90_cli.ipynb #65988a3e
+# %% ../nbs/90_cli.ipynb #da6e4afc
 @door
 def evaluate(
     names:Param('runs, run folders or checkpoints, or results of an earlier --output (.json); without any, the last run', str, opt=False, nargs='*')=(),
@@ -176,13 +184,22 @@ def evaluate(
     best:Param('the checkpoint with the lowest validation loss instead of the newest', bool)=False,
     rows:Param('score only the first so many rows', int)=None,
     batch_size:Param('rows at once', int)=32,
-    metrics:Param('of perplexity,accuracy,exact,generation,speed; without it perplexity, accuracy and speed, and generation with one of the next six options', str)=None,
+    metrics:Param('of perplexity,accuracy,exact,generation,speed,longcontext; without it perplexity, accuracy and speed, and generation with one of the next six options', str)=None,
     num_samples:Param('generation: rows to write (64)', int)=None,
     temperatures:Param('generation: one or several, as 0.6,0.8,1.0 (1.0)', str)=None,
     judge:Param('generation: a run of the family ar that says how likely the text is', str)=None,
     prompt_tokens:Param('generation: tokens of real text to begin with (1)', int)=None,
     max_new_tokens:Param('generation: length of a row (a training row, at most 256)', int)=None,
     seed:Param('generation: same seed, same text (0)', int)=None,
+    lengths:Param('longcontext: tokens of text, question and answer, as 512,2048 (a training row; with a memory also twice and four times as much)', str)=None,
+    depths:Param('longcontext: where the needle stands; 0 the beginning, 1 just before the question (0,0.25,0.5,0.75,1)', str)=None,
+    samples:Param('longcontext: questions of each length and depth (20)', int)=None,
+    tasks:Param('longcontext: of passkey,needle,short (passkey)', str)=None,
+    filler:Param('longcontext: grass (sentences that repeat), words (random ones), or a text file', str)=None,
+    digits:Param('longcontext: digits of a key (5)', int)=None,
+    distractors:Param('longcontext: needles of other subjects, 0 to 4 (0)', int)=None,
+    shots:Param('longcontext: short examples before the text, 0 to 3 (0)', int)=None,
+    by:Param('longcontext: forced (in one pass) or written (by greedy generation) (forced)', str)=None,
     sampler:Param('how diffusion and sdd write, as steps=16,order=prob', str)=None,
     draws:Param('diffusion, sdd: random masks of each row; more for a steadier bound', int)=1,
     tokens:Param('tokens to generate for the speed; 0: no speed', int)=64,
@@ -198,9 +215,10 @@ def evaluate(
     from llmlab.eval.compare import comparison_table
     how = dict(num_samples=num_samples, temperatures=_numbers(temperatures, '--temperatures'), judge=judge, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens, seed=seed)
     how = {k: v for k, v in how.items() if v is not None}
-    options = dict(text=text, best=best, rows=rows, batch_size=batch_size, metrics=metrics.split(',') if metrics is not None else None, writing=Writing(**how) if how else None,
+    asking = _asking(lengths, depths, samples, tasks, by, dict(filler=filler, digits=digits, distractors=distractors, shots=shots))
+    options = dict(text=text, best=best, rows=rows, batch_size=batch_size, metrics=metrics.split(',') if metrics is not None else None, writing=Writing(**how) if how else None, asking=asking or None,
                    sampler=_options(sampler), draws=draws, speed_tokens=tokens, runs=runs, say=lambda line: print(line, file=sys.stderr))
-    if plot and judge is None and metrics is not None and 'perplexity' not in metrics.split(',') and not any(n.endswith('.json') for n in names): raise ConfigError('--plot draws losses, or with --judge the frontier: add the metric perplexity, or a judge.')
+    if plot and judge is None and metrics is not None and not {'perplexity', 'longcontext'} & set(metrics.split(',')) and not any(n.endswith('.json') for n in names): raise ConfigError('--plot draws losses, or with --judge the frontier: add the metric perplexity, or a judge.')
     wanted = [*names, *([run] if run else [])] or ['last']
     results = [r for name in wanted for r in (_results(name) if name.endswith('.json') else [recipe(name, **options, lenient=len(wanted) > 1)])]
     print(json.dumps(results[0], indent=2)) if len(results) == 1 else _print(comparison_table(results))
