@@ -29,7 +29,7 @@ class Knows(nn.Module):
     "Always says what the questions' answers are (or something of its own), whatever it reads."
     def __init__(self, vocab_size:int, answer=None, seq_len:int=10**6):
         super().__init__()
-        self.shape, self.head_weight, self.answer, self.on = SimpleNamespace(seq_len=seq_len, vocab_size=vocab_size), torch.eye(vocab_size), answer, True
+        self.shape, self.head_weight, self.answer, self.on, self.context = SimpleNamespace(seq_len=seq_len, vocab_size=vocab_size), torch.eye(vocab_size), answer, True, seq_len
     def forward(self, tokens, *, document=None, one_document=False, logits=False):
         said = self.answer(tokens) if self.on else torch.zeros_like(tokens)
         return 9*F.one_hot(said, self.shape.vocab_size).float()
@@ -249,8 +249,8 @@ def test_written_looks_at_whole_words():
     assert said('the key is 312!', '312') and digits_right('31', '312') == pytest.approx(2/3)
 
 
-def trained(steps:int)->nn.Module:
-    task, network = CrossSegment(1), build(Shape(vocab_size=40, seq_len=24, **small), seed=3)
+def trained(steps:int, **shape)->nn.Module:
+    task, network = CrossSegment(1), build(Shape(vocab_size=40, seq_len=24, **small | shape), seed=3)
     optimizer = torch.optim.AdamW(network.parameters(), lr=6e-3)
     for step in range(steps):
         batch = as_batch(task.questions(32, 20, seed=step, split='train'))
@@ -266,6 +266,19 @@ def test_forced_and_written_agree():
     assert (a == 1).tolist() == b[0].tolist() and .15 < b[0].mean() < .95
     for batch_tokens in (1, 60): assert np.array_equal(forced(network, rows, batch_tokens=batch_tokens), a) and np.array_equal(written(network, AR(), rows, batch_tokens=batch_tokens)[1], b[1])
     assert network.training # left as it was
+
+
+@pytest.mark.parametrize('attention', ['local', 'infini'])
+def test_attention_in_segments(attention):
+    "Any length is scored and written, with the memory and without, and the two agree."
+    network, g = trained(25, attention=attention, segment_len=8), np.random.default_rng(0)
+    rows = [q for n in g.integers(20, 100, 12).tolist() for q in CrossSegment(1).questions(2, n, None, int(n))]
+    arms = []
+    for off in (contextlib.nullcontext, network.without_memory):
+        with off(): arms.append((forced(network, rows) == 1).tolist()); assert arms[-1] == written(network, AR(), rows)[0].tolist()
+    assert arms[0] == arms[1] if attention != 'infini' else sum(arms[0]) > sum(arms[1])
+    out = longcontext(OpenModel(network, AR(), SimpleNamespace(bos_id=1), {}), [as_batch(rows)], tasks=(), off=network.without_memory)
+    assert set(out['longcontext']['places']) == {'position', 'within', 'segment'} and {b['stop'] for b in out['longcontext']['places']['within']} <= set(range(1, 9))
 
 
 def test_rows_shorter_than_the_length():

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WORDINGS', 'GRASS', 'Question', 'as_batch', 'Task', 'CrossSegment', 'Associative', 'Wording', 'sentences', 'split_of',
            'split_answer', 'check_digits', 'haystack', 'TextTask', 'text_task', 'said', 'digits_right', 'check_length',
-           'forced', 'written', 'wilson', 'Cell', 'Grid', 'ask', 'plot_grids', 'losses_of', 'Places',
+           'forced', 'written', 'wilson', 'Cell', 'Grid', 'ask', 'plot_grids', 'losses_of', 'Places', 'places_table',
            'loss_by_position', 'RecallGain', 'repeat_rows', 'recall_gain', 'plot_losses', 'longcontext']
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #086c334d
+# %% ../../nbs/5_eval/06_longcontext.ipynb #7ccba5d6
 import contextlib, io, math, re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,6 @@ from ..data.tokenizer import Tokenizer
 from .evaluate import OpenModel, looking
 from .metrics import standard_error
 from ..files import ConfigError, DataError, hash_bytes
-from ..models.ar import Reader
 from ..models.layers import positions_of
 from ..models.objective import Objective, token_losses
 from ..packing.loader import Batch
@@ -325,13 +324,13 @@ def digits_right(
     number = next(iter(re.findall(r'\d+', text)), '')
     return sum(a == b for a, b in zip(number, key))/len(key)
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #003ed45a
+# %% ../../nbs/5_eval/06_longcontext.ipynb #4481e43e
 def _groups(questions:Sequence[Question], batch_tokens:int)->Iterator[list[Question]]:
     n = max(1, batch_tokens//max(q.length for q in questions))
     for i in range(0, len(questions), n): yield list(questions[i:i+n])
 
 def check_length(
-    network:nn.Module, # with a `shape`
+    network:nn.Module, # with a `shape`, and the `context` that it can go on with
     length:int, # tokens that it is to read
     written:bool=False, # by generation?
 )->None:
@@ -339,9 +338,8 @@ def check_length(
     shape = network.shape
     if length > shape.seq_len and getattr(shape, 'position', None) == 'learned':
         raise ConfigError(f'a question of {length+1} tokens is too long: this model has learned positions, and {shape.seq_len} of them. Take lengths up to {shape.seq_len+1}, or a model with position: rope.')
-    limit = Reader(network, [[0]], 0).limit if written else None
-    if limit is not None and length > limit:
-        raise ConfigError(f'to write after {length} tokens, this model would drop the beginning: it reads {limit} at once. Take shorter lengths, or score without generation (by=forced).')
+    if written and length > network.context:
+        raise ConfigError(f'to write after {length} tokens, this model would drop the beginning: it reads {network.context} at once. Take shorter lengths, or score without generation (by=forced).')
 
 def forced(
     network:nn.Module, # on the machine's device
@@ -532,7 +530,7 @@ def _png(fig)->bytes:
     fig.savefig(png, format='png', metadata={'Software': None})
     return png.getvalue()
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #4b5130ca
+# %% ../../nbs/5_eval/06_longcontext.ipynb #c8ad32b4
 @torch.no_grad()
 def losses_of(
     network:nn.Module, # in evaluation mode
@@ -558,6 +556,14 @@ class Places:
         for a, b in zip(edges, [*edges[1:], len(self.counts)]):
             if n := self.counts[a:b].sum(): out.append({'start': int(a), 'stop': int(min(b, len(self.counts))), 'targets': int(n)} | {k: float(v[a:b].sum()/n) for k, v in (('on', self.on), ('off', self.off)) if v is not None})
         return out
+
+def places_table(
+    buckets:Sequence[dict], # from `Places.buckets`
+)->str: # Markdown
+    "Loss by place, and what the memory is worth there."
+    arms = [k for k in ('on', 'off') if k in buckets[0]]
+    lines = [[f'{b["start"]:,}-{b["stop"]-1:,}', f'{b["targets"]:,}', *(f'{b[k]:.3f}' for k in arms), *([f'{b["off"]-b["on"]:.3f}'] if 'off' in b else [])] for b in buckets]
+    return _table(['place', 'targets', 'memory on', 'memory off', 'gain'][:2+len(arms)+(len(arms) == 2)], lines)
 
 def _views(batch:Batch, segment_len:int|None)->dict[str, Tensor]: # [B, T] each
     "Where each token stands."
@@ -721,7 +727,7 @@ def _of_rows(model:OpenModel, batches:Sequence[Batch], segment_len:int|None, gai
     numbers |= {f'longcontext/recall_gain{"_off"*(arm == "off")}': getattr(gain, arm)[far] for arm in arms}
     return numbers, {'places': buckets, 'gain': gain.record()}
 
-# %% ../../nbs/5_eval/06_longcontext.ipynb #c1b8591f
+# %% ../../nbs/5_eval/06_longcontext.ipynb #ae424819
 def longcontext(
     model:OpenModel, # an open checkpoint
     batches:Iterable[Batch]|None=None, # real rows, for the loss by position and the recall gain; None: without these
@@ -761,5 +767,7 @@ def longcontext(
         gain = _read_twice(model, batches := list(batches), gaps, passage_tokens, max(samples, 8), **how)
         if gain is None: say('Too little text to read a passage twice: there is no recall gain.')
         numbers, more = _of_rows(model, batches, segment_len, gain, how)
+        say(places_table(more['places']['position']))
+        if gain is not None: say(gain.table())
         out, all_of_it = out | numbers, all_of_it | more
     return out | {'longcontext': all_of_it}
