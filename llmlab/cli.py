@@ -76,13 +76,26 @@ def _settings(config:str|None, overrides:list[str]):
     from llmlab.config import load_config
     return load_config(config, overrides, say=print)
 
-# %% ../nbs/90_cli.ipynb #9d1ab4f0
+# %% ../nbs/90_cli.ipynb #375413e7
+def _compare_baseline(config:str|None, overrides:list[str], resume:str|None, stop_after:str|None)->None:
+    "Both arms of a comparison, and what came out."
+    from llmlab.config import load_config
+    from llmlab.trainer.tracking import Stopped
+    from llmlab.workflow import compare_baseline as compare
+    if resume and overrides: raise LlmlabError('--compare-baseline --resume FOLDER goes on with both arms as they were: leave out the settings.')
+    if resume and not list(Path(resume).glob('*.yaml')): raise LlmlabError(f'{resume} is no comparison: there is no settings file of an arm in it. Name its folder: --resume runs/NAME')
+    settings = next((p for p in Path(resume).glob('*.yaml') if p.stem != 'baseline'), None) if resume else config
+    try: c = compare(load_config(settings, overrides, say=print), resume=Path(resume) if resume else None, more=['--stop-after', stop_after] if stop_after else [])
+    except Stopped as e: raise RunAgain('the comparison was stopped, both arms with a checkpoint.\nGo on with: llmlab_train --compare-baseline --resume FOLDER (the folder is named above)') from e
+    print(c.table(), f'Picture: {c.folder/"comparison.png"}', sep='\n\n')
+
 @door
 def train(
     overrides:_overrides=(),
     config:_config=None,
     resume:Param('go on with this run; without a name, with the last one', str, nargs='?', const='last')=None,
     stop_after:Param('stop after so many steps (500) or so long (90s, 15m, 2h), with a checkpoint (exit code 75)', str)=None,
+    compare_baseline:Param('train a model with a memory and the same with full attention, side by side; one table and one picture', bool)=False,
     no_gpu_dataloader:Param('the same as loader.device_prefetch=false', bool)=False,
     verbose:_verbose=False,
     offline:_offline=False,
@@ -93,6 +106,7 @@ def train(
     from llmlab.trainer.tracking import Stopped
     if resume and config: raise LlmlabError('--resume goes on with the settings of the run: leave --config out. Single settings may be changed, as trainer.max_steps=2000.')
     overrides = [*overrides, *(['loader.device_prefetch=false'] if no_gpu_dataloader else [])]
+    if compare_baseline: return _compare_baseline(config, overrides, resume, stop_after)
     cfg, folder = resume_settings(resume, overrides) if resume else (_settings(config, overrides), None)
     try: print(pretrain(cfg, resume=folder, limit=parse_limit(stop_after) if stop_after else Limit()))
     except Stopped as e: raise RunAgain(f'{e}\nGo on with: llmlab_train --resume' + (f' {e.checkpoint.parent.parent}' if e.checkpoint else '')) from e

@@ -268,7 +268,7 @@ def test_forced_and_written_agree():
     assert network.training # left as it was
 
 
-@pytest.mark.parametrize('attention', ['local', 'infini'])
+@pytest.mark.parametrize('attention', ['local', 'xl', 'infini'])
 def test_attention_in_segments(attention):
     "Any length is scored and written, with the memory and without, and the two agree."
     network, g = trained(25, attention=attention, segment_len=8), np.random.default_rng(0)

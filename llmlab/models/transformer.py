@@ -216,7 +216,7 @@ class Block(nn.Module):
         state['tail'] = torch.cat((tail, h), 1).gather(1, last.expand(len(h), 2)[..., None].expand(-1, -1, h.shape[2]))
         return self.mix(h, tail=tail)
 
-# %% ../../nbs/3_models/03_transformer.ipynb #23661a9c
+# %% ../../nbs/3_models/03_transformer.ipynb #e489a8bb
 @torch.compiler.assume_constant_result # when a graph is traced the engine is tried out beforehand, not inside
 def _engine(*key)->str: return backend_for(*key)[0]
 
@@ -264,7 +264,7 @@ def _plan(s:Shape, like:Tensor, causal:bool, document:Tensor|None, backend:str)-
 
 def _go_on(s:Shape, cache:KVCache, place:Tensor, counts:Tensor|int)->Layout:
     "Rows in segments that go on, at any length: places are counted within the window."
-    length = max(s.seq_len, place.shape[1]+2*s.segment_len)
+    length = max(s.seq_len, place.shape[1]+3*s.segment_len)
     def turn(x:Tensor, places:Tensor)->Tensor: return rotate(x, *rotation(places, length, s.head_size, s.rope_theta, x.dtype)) if s.position == 'rope' else x
     return Layout(cache.lengths[:, None]+place, None, None, True, None, 'cache', None, cache, counts, None, turn)
 
