@@ -281,7 +281,7 @@ def mix(
     else: out = wide if read is None else torch.lerp(wide, read, g*has)
     return out.to(local.dtype)
 
-# %% ../../nbs/3_models/02_infini.ipynb #1aa08b06
+# %% ../../nbs/3_models/02_infini.ipynb #3b51c8fe
 def recall(
     q:Tensor, k:Tensor, v:Tensor, # [B, H, T, D], [B, Hk, T, D] twice: not rotated
     plan:Segments, # of these rows
@@ -290,8 +290,8 @@ def recall(
 )->Tensor: # [B, H, T, D] in float32 or wider
     "A_mem of each token, for all segments at once."
     s, Hk, phi = settings, k.shape[1], FEATURE_MAPS[settings.feature_map]
-    q, k, v = (_wide(fold(x, s.segment_len)) for x in (q, k, v))
-    pq, pk = phi(grouped(q, Hk)), phi(k)
+    pq, k, v = (_wide(x).contiguous() for x in (grouped(fold(q, s.segment_len), Hk), *(fold(x, s.segment_len) for x in (k, v)))) # as products want them
+    pq, pk = phi(pq), phi(k)
     if plan.write is not None: pk = pk*plan.write
     z = exclusive_prefix(pk.sum(-2), None, plan.carry, plan.near)
     if s.rule == 'linear': M = exclusive_prefix(segment_sums(pk, v)[0], None, plan.carry, plan.near)

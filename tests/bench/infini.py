@@ -1,10 +1,11 @@
 """Infini-attention, forward and backward: all segments at once beside the loop over segments, and beside full attention; then single tokens.
 
-    python tests/bench/infini.py [--segments 64] [--segment-len 64] [--heads 4] [--kv-heads 4] [--head-size 64] [--rounds 7] [--tokens 0] [--json FILE]
+    python tests/bench/infini.py [--shapes 16x32 32x32 64x64] [--segments 64] [--heads 4] [--kv-heads 4] [--rounds 7] [--tokens 0] [--json FILE]
 
-One row of segments x segment-len tokens, fp32, one thread, the contestants in turns; milliseconds of the processor, medians. The loop is `sequential`, which
-knows documents and builds a mask for each segment; `plain loop` is the same rule without any of that: as fast as a loop over segments can be written. Both
-rules, the memory alone and with local attention. `--tokens 10000` streams so many tokens one by one: milliseconds for each tenth of them, bytes of the state.
+A shape is tokens in a segment x channels of a head. One row, fp32, one thread, the contestants in turns; milliseconds of the processor, medians. The loop is
+`sequential`, which knows documents and makes a mask for each segment. `plain loop` is the same rules without any of that, as fast as a loop over segments can
+be written: at short segments it waits for its many small steps, at 64 tokens and 64 channels the arithmetic itself takes the time and there is nothing left
+to gain on a CPU. `--tokens 10000` streams so many tokens one by one: milliseconds of a token for each tenth of them, bytes of the state.
 """
 import argparse, json, statistics, time
 from pathlib import Path
@@ -35,10 +36,10 @@ def loop(q, k, v, g, N, rule): # no documents, no settings; elu1, un-rotated, as
     return torch.cat(out, 2)
 
 
-def training(a)->dict:
-    T, N, H, Hk, D = a.segments*a.segment_len, a.segment_len, a.heads, a.kv_heads, a.head_size
-    q, k, v = (torch.randn(1, h, T, D).requires_grad_() for h in (H, Hk, Hk))
-    up, run = torch.randn(1, H, T, D), {}
+def training(a, N:int, D:int)->dict:
+    T, H, Hk = a.segments*N, a.heads, a.kv_heads
+    q, k, v = (torch.randn(1, T, h, D).transpose(1, 2).requires_grad_() for h in (H, Hk, Hk)) # as they come from their product
+    up, run = torch.randn(1, T, H, D).transpose(1, 2), {}
     def add(name, f): run[name] = lambda: torch.autograd.grad(f(), (q, k, v), up)
     for rule in ('linear', 'delta'):
         s = MemorySettings(N, rule)
@@ -52,32 +53,36 @@ def training(a)->dict:
     return turns(run, a.rounds)
 
 
-def tokens(a)->dict:
-    s = MemorySettings(a.segment_len)
-    m, state, times = Memory(a.heads, a.kv_heads, a.head_size, s), {}, []
+def tokens(a, N:int, D:int)->dict:
+    s = MemorySettings(N)
+    m, state, times = Memory(a.heads, a.kv_heads, D, s), {}, []
     with torch.inference_mode():
         for _ in range(a.tokens):
-            q, k, v = (torch.randn(1, h, 1, a.head_size) for h in (a.heads, a.kv_heads, a.kv_heads))
+            q, k, v = (torch.randn(1, h, 1, D) for h in (a.heads, a.kv_heads, a.kv_heads))
             start = time.process_time()
             m.stream(q, k, v, lambda x, places: x, state, 1)
             times.append((time.process_time()-start)*1e3)
     tenth = a.tokens//10
-    return {'ms of a token, by tenths': [statistics.median(times[i*tenth:(i+1)*tenth]) for i in range(10)],
-            'bytes of the state': sum(x.nbytes for x in state.values()), 'by formula': state_bytes(s, a.kv_heads, a.head_size)}
+    return {'ms of a token, by tenths': [round(statistics.median(times[i*tenth:(i+1)*tenth]), 3) for i in range(10)],
+            'bytes of the state': sum(x.nbytes for x in state.values()), 'by formula': state_bytes(s, a.kv_heads, D)}
 
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(segments=64, segment_len=64, heads=4, kv_heads=4, head_size=64, rounds=7, tokens=0).items():
-        p.add_argument('--'+name.replace('_', '-'), type=int, default=default)
+    p.add_argument('--shapes', nargs='+', default=['16x32', '32x32', '64x64'], help='tokens in a segment x channels of a head')
+    for name, default in dict(segments=64, heads=4, kv_heads=4, rounds=7, tokens=0).items(): p.add_argument('--'+name.replace('_', '-'), type=int, default=default)
     p.add_argument('--json', type=Path, help='write the numbers here too')
     a = p.parse_args()
     torch.set_num_threads(1); torch.manual_seed(0)
-    taken = training(a)
-    print(f'{a.segments} segments of {a.segment_len} tokens, {a.heads} heads on {a.kv_heads}, {a.head_size} channels\n\n| | ms | times the parallel form |\n|---|---:|---:|')
-    for name, t in taken.items():
-        own = taken.get(name.split(',')[0]+', parallel')
-        print(f'| {name} | {t:.0f} | {f"{t/own:.1f}" if own else ""} |')
-    streamed = tokens(a) if a.tokens else None
-    if streamed: print('\n'+'\n'.join(f'{k}: {[round(x, 3) for x in v] if isinstance(v, list) else v}' for k, v in streamed.items()))
-    if a.json: a.json.write_text(json.dumps({'shape': {k: v for k, v in vars(a).items() if k != 'json'}, 'ms': taken, 'streamed': streamed}, indent=1))
+    shapes, out = [tuple(map(int, shape.split('x'))) for shape in a.shapes], []
+    for N, D in shapes:
+        taken = training(a, N, D)
+        print(f'{a.segments} segments of {N} tokens, {a.heads} heads on {a.kv_heads}, {D} channels\n\n| | ms | times the parallel form |\n|---|---:|---:|')
+        for name, t in taken.items():
+            own = taken.get(name.split(',')[0]+', parallel')
+            print(f'| {name} | {t:.1f} | {f"{t/own:.1f}" if own else ""} |')
+        streamed = tokens(a, N, D) if a.tokens else None
+        if streamed: print('', *(f'{k}: {v}' for k, v in streamed.items()), sep='\n')
+        print(flush=True)
+        out.append({'segments': a.segments, 'segment_len': N, 'heads': a.heads, 'kv_heads': a.kv_heads, 'head_size': D, 'ms': taken, 'streamed': streamed})
+    if a.json: a.json.write_text(json.dumps(out, indent=1))
