@@ -1,17 +1,19 @@
 """Infini-attention, forward and backward: all segments at once beside the loop over segments, and beside full attention; then single tokens.
 
-    python tests/bench/infini.py [--shapes 16x32 32x32 64x64] [--segments 64] [--heads 4] [--kv-heads 4] [--rounds 7] [--tokens 0] [--json FILE]
+    python tests/bench/infini.py [--shapes 16x32 32x32 64x64] [--segments 64] [--heads 4] [--kv-heads 4] [--rounds 7] [--tokens 0] [--keep-memory] [--json FILE]
 
 A shape is tokens in a segment x channels of a head. One row, fp32, one thread, the contestants in turns; milliseconds of the processor, medians. The loop is
 `sequential`, which knows documents and makes a mask for each segment. `plain loop` is the same rules without any of that, as fast as a loop over segments can
 be written: at short segments it waits for its many small steps, at 64 tokens and 64 channels the arithmetic itself takes the time and there is nothing left
-to gain on a CPU. `--tokens 10000` streams so many tokens one by one: milliseconds of a token for each tenth of them, bytes of the state.
+to gain on a CPU. `--keep-memory` tells the C library not to give memory back between steps: the parallel form asks for it in large pieces, and fetching those
+from the system again takes up to half of its time. `--tokens 10000` streams so many tokens one by one: milliseconds of a token for each tenth of them, bytes of the state.
 """
 import argparse, json, statistics, time
 from pathlib import Path
 import torch, torch.nn.functional as F
 from llmlab.models.attention import attend
 from llmlab.models.infini import Memory, MemorySettings, elu1, local_attention, sequential, state_bytes
+from train_step import keep_memory
 
 
 def turns(contestants:dict, rounds:int)->dict:
@@ -71,8 +73,10 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--shapes', nargs='+', default=['16x32', '32x32', '64x64'], help='tokens in a segment x channels of a head')
     for name, default in dict(segments=64, heads=4, kv_heads=4, rounds=7, tokens=0).items(): p.add_argument('--'+name.replace('_', '-'), type=int, default=default)
+    p.add_argument('--keep-memory', action='store_true', help='glibc keeps its memory')
     p.add_argument('--json', type=Path, help='write the numbers here too')
     a = p.parse_args()
+    if a.keep_memory: keep_memory()
     torch.set_num_threads(1); torch.manual_seed(0)
     shapes, out = [tuple(map(int, shape.split('x'))) for shape in a.shapes], []
     for N, D in shapes:
