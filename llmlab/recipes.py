@@ -71,7 +71,7 @@ def _make_tokenizer(cfg:Config, corpus:Corpus, folder:Path, say:Callable[[str], 
     tokenizer.save(folder)
     return tokenizer
 
-# %% ../nbs/80_recipes.ipynb #73477d1b
+# %% ../nbs/80_recipes.ipynb #cf44cdaa
 @dataclass
 class Prepared:
     "Everything that training reads: text, vocabulary, rows."
@@ -100,7 +100,7 @@ def _teller(what:str, say:Callable[[str], None], seconds:float=5.)->Callable[[di
         begun.append(done['text_bytes']) if not begun else None
         if now-last[0] < seconds: return
         last[0], size, rate = now, done['size_bytes'], (done['text_bytes']-begun[0])/(now-start)
-        left = f', {_time((size-done["text_bytes"])/rate)} left' if size and rate > 0 else ''
+        left = f', {_time((size-done["text_bytes"])/rate)} left' if size and size > done['text_bytes'] and rate > 0 else ''
         say(f'{what}: {done["documents"]:,} documents, {done["text_bytes"]/1e6:,.1f}' + (f' of {size/1e6:,.1f}' if size else '') + f' MB ({rate/1e6:.1f} MB/s{left}), {done["tokens"]:,} tokens in {done["rows"]:,} rows, '
             f'{done["tokens"]/max(done["slots"], 1):.2%} filled, {done["chunks"]:,} chunks, {done["file_bytes"]/1e6:,.1f} MB on disk')
     return tell

@@ -343,3 +343,10 @@ def test_a_light_import():
     code = "import sys, llmlab.data.tokenizer; from llmlab import config; from llmlab.data.corpora import open_corpus; open_corpus(config.Data()); open_corpus(config.Data(name='tinystories')); print([m for m in ('torch', 'datasets', 'pyarrow', 'transformers', 'tiktoken', 'tokenizers') if m in sys.modules])"
     done = subprocess.run([sys.executable, '-c', code], env=os.environ | dict(PYTHONPATH=str(root)), capture_output=True, text=True)
     assert done.stdout.strip() == '[]', done.stdout+done.stderr
+
+def test_the_size_of_parquet_is_that_of_its_text(tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    texts = [f'number {i} '*200 for i in range(500)] # compresses well
+    pq.write_table(pa.table({'text': texts, 'other': texts}), tmp_path/'a.parquet', use_dictionary=False)
+    corpus = open_corpus(config.Data(name='files', path=str(tmp_path)))
+    assert corpus.size_bytes == pytest.approx(sum(map(len, texts)), rel=.01) and (tmp_path/'a.parquet').stat().st_size < corpus.size_bytes/5

@@ -359,7 +359,7 @@ def _beside(path:Path)->str:
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], 1)
     return f'; {near[0]!r} is in the same folder' if near else '' if path.parent.is_dir() else f', nor does the folder {path.parent}'
 
-# %% ../../nbs/1_data/00_corpora.ipynb #3086d8b2
+# %% ../../nbs/1_data/00_corpora.ipynb #5d2d8152
 def _resolve(path:str|None, base:Path|None, key:str)->Path:
     "The path of a setting; relative to `base`, or to the current folder."
     if not path: raise DataError(f'{key} is not set. Say where the text is: {key}=...')
@@ -368,6 +368,13 @@ def _resolve(path:str|None, base:Path|None, key:str)->Path:
 def _readable(path:Path, texts:Iterator[str])->Iterator[str]:
     try: yield from texts
     except OSError as e: raise DataError(f'cannot read {path}: {e.strerror or e}.') from e
+
+def _text_size(path:Path, column:str)->int|None: # bytes of text, about; None: nobody knows before it is read
+    if _ending(path) == '.jsonl.gz': return None
+    if _ending(path) != '.parquet': return path.stat().st_size
+    with _parquet(path) as file: groups = [file.metadata.row_group(g) for g in range(file.num_row_groups)]
+    chunks = [c for g in groups for i in range(g.num_columns) if (c := g.column(i)).path_in_schema == column]
+    return sum(c.total_uncompressed_size-4*c.num_values for c in chunks) # the file is compressed; 4 bytes before each text say how long it is
 
 def _open_files(data:Data, base:Path|None)->Corpus:
     path = _resolve(data.path, base, 'data.path')
@@ -379,7 +386,9 @@ def _open_files(data:Data, base:Path|None)->Corpus:
             for text in _readable(file, read(file, data.text_column, start)): yield text, text
             start = 0
     def identity()->object: return ['files', [[_ending(f), hash_file(f)] for f in files], data.text_column]
-    def size()->int|None: return None if data.max_documents else sum(f.stat().st_size for f in files)
+    def size()->int|None:
+        parts = [None] if data.max_documents else [_text_size(f, data.text_column) for f in files]
+        return None if None in parts else sum(parts)
     return Corpus(path.resolve().stem, 'not stated: your own text', texts, identity, size)
 
 # %% ../../nbs/1_data/00_corpora.ipynb #cf0f554c

@@ -6,7 +6,7 @@
 __all__ = ['Shape', 'count_parameters', 'flops_per_token', 'KVCache', 'Layout', 'settings_of', 'Window', 'Attention', 'Block',
            'lay_out', 'Transformer', 'init_weights', 'build']
 
-# %% ../../nbs/3_models/03_transformer.ipynb #d79a4b18
+# %% ../../nbs/3_models/03_transformer.ipynb #a5952f89
 import contextlib, math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,6 +14,7 @@ from typing import Any
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from fastcore.basics import patch
 from ..files import ConfigError
 from .attention import ENGINES, attend, attend_cached, backend_for, cache_dtype, make_plan
 from .infini import Memory, MemorySettings, local_attention, memory_off, plan_local, plan_segments, stream_local
@@ -216,7 +217,7 @@ class Block(nn.Module):
         state['tail'] = torch.cat((tail, h), 1).gather(1, last.expand(len(h), 2)[..., None].expand(-1, -1, h.shape[2]))
         return self.mix(h, tail=tail)
 
-# %% ../../nbs/3_models/03_transformer.ipynb #e489a8bb
+# %% ../../nbs/3_models/03_transformer.ipynb #de22ecc4
 @torch.compiler.assume_constant_result # when a graph is traced the engine is tried out beforehand, not inside
 def _engine(*key)->str: return backend_for(*key)[0]
 
@@ -256,6 +257,7 @@ def lay_out(
     cos, sin = rotation(positions, length, s.head_size, s.rope_theta, like.dtype) if s.position == 'rope' else (None, None)
     return Layout(positions, cos, sin, causal, document, backend, plan, cache, counts, last)
 
+# %% ../../nbs/3_models/03_transformer.ipynb #a98d0396
 def _plan(s:Shape, like:Tensor, causal:bool, document:Tensor|None, backend:str)->Any:
     "What attention can know before it sees q, k and v."
     if s.attention == 'full': return make_plan(like, causal=causal, document=document, backend=backend)
@@ -275,7 +277,7 @@ def _reach(positions:Tensor, written:Tensor, causal:bool, block:int|None, cache:
     cache.ends = torch.maximum(written[:, 0], torch.as_tensor(cache.ends, device=written.device))
     return (cache.ends-1)[:, None].expand_as(positions)
 
-# %% ../../nbs/3_models/03_transformer.ipynb #82d0caa4
+# %% ../../nbs/3_models/03_transformer.ipynb #515f8f9a
 class Transformer(nn.Module):
     "Tokens to vectors to scores of the next (or the hidden) token."
     def __init__(self,
@@ -322,21 +324,23 @@ class Transformer(nn.Module):
         return self(tokens, logits=False, **k)
 
     @property
-    def context(self)->int|float:
-        "Tokens that it can go on with before it must begin anew: a row, or without end."
-        return self.shape.seq_len if self.shape.attention == 'full' else math.inf
-
-    @property
     def head_weight(self)->Tensor: return self.embed.weight if self.lm_head is None else self.lm_head.weight # [V, C]
     def head(self, h:Tensor)->Tensor: return F.linear(h, self.head_weight) # [..., C] -> [..., V]
-
-    def without_memory(self)->contextlib.AbstractContextManager:
-        "Within the block the memories of Infini-attention say nothing: what they are worth is what is lost."
-        return memory_off(self)
 
     def new_cache(self, rows:int, capacity:int)->KVCache: # for that many rows and tokens
         "An empty memory."
         return KVCache(torch.zeros(rows, dtype=torch.int64, device=self.embed.weight.device), capacity, [{} for _ in self.blocks])
+
+# %% ../../nbs/3_models/03_transformer.ipynb #b7861240
+@patch(as_prop=True)
+def context(self:Transformer)->int|float:
+    "Tokens that it can go on with before it must begin anew: a row, or without end."
+    return self.shape.seq_len if self.shape.attention == 'full' else math.inf
+
+@patch
+def without_memory(self:Transformer)->contextlib.AbstractContextManager:
+    "Within the block the memories of Infini-attention say nothing: what they are worth is what is lost."
+    return memory_off(self)
 
 # %% ../../nbs/3_models/03_transformer.ipynb #cb7bc228
 @torch.no_grad()
