@@ -59,7 +59,7 @@ class Tokenizer(Section):
     engine: Literal['auto', 'tiktoken', 'tokenizers'] = Field('auto', description='bpe: what encodes; auto: tiktoken where it is installed')
     train_megabytes: float = Field(30., gt=0, description='bpe: how much text to train the vocabulary on, MB')
 
-# %% ../nbs/01_config.ipynb #f3ecece9
+# %% ../nbs/01_config.ipynb #f8d69b83
 class Packing(Section):
     "How documents become rows on disk."
     seq_len: int = Field(256, ge=2, description='tokens that the model sees in a row')
@@ -67,7 +67,7 @@ class Packing(Section):
     chunk_rows: int = Field(8192, ge=1, description='rows that a chunk file aims at')
     folder: str = Field('cache', description='folder that holds the caches')
     codec: Literal['lz4', 'none'] = Field('lz4', description='compression of the chunk files')
-    workers: int | None = Field(None, ge=0, description='processes that tokenise and pack; 0: this one alone; null: one for each core where there is much text')
+    workers: int | None = Field(None, ge=0, description='processes that tokenise and pack; 0: this one alone; null: one for each core where there is much text (0.3 GB of memory each)')
     partial: bool = Field(False, description='train on the chunks that are there, while others are still being built; resuming takes what has come since')
     full_corpus_rows: int | None = Field(None, ge=1, description='rows of the whole corpus, where a cache is only a part of it: the warm-up is a share of the steps that these would take; null: what is known of the corpus')
 

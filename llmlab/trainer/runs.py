@@ -18,13 +18,13 @@ from ..files import ConfigError, LlmlabError, disk_errors, read_json, write_json
 from .checkpoint import best, is_complete, list_checkpoints
 from .tracking import is_running, read_metrics, read_status
 
-# %% ../../nbs/4_trainer/05_runs.ipynb #63517743
+# %% ../../nbs/4_trainer/05_runs.ipynb #81ab0782
 def names_of(
     config:Config, # all settings
 )->dict[str, str]: # architecture, dataset, size
     "What the template of a run's name is filled with."
     data = config.data
-    dataset = Path(data.path or data.file or data.name).stem if data.name in ('files', 'file', 'hub') else data.name
+    dataset = Path(data.path or data.file or data.name).stem if data.name in ('files', 'file', 'hub', 'bins') else data.name
     return {'architecture': config.model.architecture, 'dataset': dataset, 'size': config.model.size}
 
 def _fill(template:str, names:dict[str, str], n:int)->str:
