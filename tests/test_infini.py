@@ -394,6 +394,9 @@ def test_bug_10_padding_zeroes_the_key_and_not_its_features(rule):
     memory.stream(*zeroed, still, state, torch.tensor([6, 6]))
     memory.stream(*(y[:, :, :6] for y in zeroed), still, more, 6)
     for name in ('M', 'z', 'dM', 'dz', 'length'): assert_close(state[name], more[name], **exact)
+    for name, at in (('z', slice(4)), ('dz', slice(4, 6))): assert_close(state[name], elu1(k[:, :, at]).sum(2), **exact)
+    memory.stream(*(y[:, :, 6:7] for y in zeroed), still, state, 0) # a row that has ended, while others go on
+    assert_close(state['dz'], elu1(k[:, :, 4:6]).sum(2), **exact)
     front = torch.tensor([[-1]*3 + [0]*9]*2)
     zeroed = [y*real(front) for y in (q, k, v)]
     plan = plan_segments(q, s, front)
