@@ -17,12 +17,12 @@ from llmlab.models.zoo import build_model
 from llmlab.trainer.loop import fit
 from llmlab.trainer.optim import build_optimizer, rate_at
 
-T, N, ROWS, TASK = 96, 16, 32, CrossSegment(digits=2, filler=27)
+T, N, TASK = 96, 16, CrossSegment(digits=2, filler=27)
 DEPTHS = (0., .25, .5, .75, 1.)
 BASE = {
     'model': dict(size='tiny', d_model=48, num_layers=2, num_heads=3, num_kv_heads=3, d_ff=144, mlp='gelu', tie_embeddings=False),
     'optim': dict(name='adamw', lr=3e-3, weight_decay=.1, warmup_steps=50, min_lr_ratio=0., schedule='cosine', grad_clip=1.),
-    'packing': dict(seq_len=T), 'run': dict(device='cpu', precision='fp32')}
+    'trainer': dict(batch_size=32), 'packing': dict(seq_len=T), 'run': dict(device='cpu', precision='fp32')}
 ARMS = ('full', 'local', 'infini', 'infini feature_map=elu1', 'infini rule=delta', 'infini rule=delta feature_map=elu1', 'infini window=xl', 'infini decay=0.9',
         'infini bptt_segments=1', 'xl', 'infini feature_map=softmax', 'infini feature_map=hedgehog', 'infini gate_init=-4 gate_lr=3e-4', 'infini gate_init=-4', 'infini gate=hard_sigmoid')
 
@@ -38,7 +38,7 @@ def train(arm:str, seed:int=0, steps:int=1200)->tuple[torch.nn.Module, float]: #
     "Learn to answer."
     began, cfg = time.process_time(), settings(arm, seed, steps)
     network, objective = build_model(cfg, TASK.vocab_size)
-    batches = (as_batch(TASK.questions(ROWS, T, seed=seed*10**6+i, split='train')) for i in range(steps))
+    batches = (as_batch(TASK.questions(cfg.trainer.batch_size, T, seed=seed*10**6+i, split='train')) for i in range(steps))
     fit(network, objective, batches, build_optimizer(network, cfg.optim), total_steps=steps, rate=lambda step: rate_at(step, steps, cfg.optim), clip=cfg.optim.grad_clip, log_every=steps)
     return network, time.process_time()-began
 
