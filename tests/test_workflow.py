@@ -87,6 +87,14 @@ def test_gates_have_a_group_with_a_number_for_decay():
 def test_families_that_look_both_ways_refuse(family):
     with pytest.raises(ConfigError, match=f'looks back only, and {family} looks both ways'): load_config('tiny_test', [*small, f'model.architecture={family}'])
 
+def test_the_logs_say_what_the_memory_does():
+    from llmlab.trainer.tracking import read_metrics
+    r = pretrain(tiny.config(*small, 'run.name=m'), **quiet)
+    curves = read_metrics(r.folder)
+    names = {f'ar/{k}_{i:02}' for i in range(2) for k in ('gate', 'gate_min', 'gate_max', 'read', 'state', 'denominator')} | {'ar/memory_gain'}
+    assert names <= set(curves) and all(0 <= curves[f'ar/gate_{i:02}'][-1][1] <= 1 and curves[f'ar/read_{i:02}'][-1][1] > 0 for i in range(2))
+    assert not {k for k in read_metrics(pretrain(tiny.config('run.name=full', 'trainer.max_steps=10', 'trainer.eval_interval=10'), **quiet).folder) if k.startswith('ar/')}
+
 # --- the flags of the old guide
 
 def test_raw_data_is_the_path_that_is_used(tmp_path):
