@@ -153,8 +153,8 @@ def segment_sums(
     "What each segment adds to M and to z by the linear rule."
     return pk.mT@v, pk.sum(-2)
 
-# %% ../../nbs/3_models/02_infini.ipynb #e7fb5d80
-MANY = 256 # segments: above, a running sum costs less than a product with an S x S matrix
+# %% ../../nbs/3_models/02_infini.ipynb #d50e4363
+MANY = 256 # segments: above, a running sum costs less than a product with an S x S matrix, on a CPU
 
 def exclusive_prefix(
     x:Tensor, # [B, Hk, S, ...] what each segment writes
@@ -210,7 +210,7 @@ def affine_scan(
         M = torch.baddbmm(b, a, base.flatten(0, 1)).view_as(M)
     return torch.stack(out, 2)
 
-# %% ../../nbs/3_models/02_infini.ipynb #0ed725fe
+# %% ../../nbs/3_models/02_infini.ipynb #b9f51fb9
 @dataclass(frozen=True)
 class Segments:
     "What can be known of the segments of a batch before q, k and v are."
@@ -223,13 +223,13 @@ class Segments:
 
 def _carry(S:int, decay:float|None, n:int|None, opened:Tensor|None, dtype:torch.dtype, device:torch.device)->tuple[Tensor|None, Tensor|None]:
     "Factors, and where the gradient may pass, from what segment i-1 wrote to what there is before segment m."
-    if decay is None and n is None and opened is None and S > MANY: return None, None
+    if decay is None and n is None and opened is None and (S > MANY or device.type != 'cpu'): return None, None
     m, i = torch.arange(S, device=device)[:, None], torch.arange(S, device=device)
     carry = (torch.ones((), dtype=dtype, device=device) if decay is None else torch.full((), decay, dtype=dtype, device=device)**(m-i).clamp(min=0))*(i <= m)
     if opened is not None: carry = carry*(opened[:, None, :] == opened[:, :, None]) # `opened`: document at the border before each segment
     return carry.expand(1 if opened is None else len(opened), S, S), None if n is None else i-1 >= (m-1)//n*n
 
-# %% ../../nbs/3_models/02_infini.ipynb #5d3467a9
+# %% ../../nbs/3_models/02_infini.ipynb #5c2c1d02
 def plan_segments(
     like:Tensor, # [B, *, T, *] on the device and in the format of the queries
     settings:MemorySettings, # how rows are cut and remembered
@@ -246,7 +246,7 @@ def plan_segments(
     opened = _earlier(last, 1, -2) # before each segment
     read = opened if s.lag == 1 else _earlier(opened, 1, -2) # the document whose memory the segment can read
     write, has = ((folded == d[..., None]) & (folded >= 0) for d in (last, read))
-    known = (last == opened) & (last >= 0)
+    known = last == opened
     return Segments(local, write[:, None, ..., None], known[:, None, :, None, None], has[:, None, ..., None], *_carry(S, s.decay, s.bptt_segments, opened, wide, like.device))
 
 # %% ../../nbs/3_models/02_infini.ipynb #69f6ca46
