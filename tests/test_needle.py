@@ -3,10 +3,9 @@ import sys
 from pathlib import Path
 import pytest
 sys.path.append(str(Path(__file__).parent/'bench'))
-from needle import ARMS, N, T, TASK, cell, digits, gates, read, settings, table, train
+from needle import ARMS, N, QUICK, T, TASK, cell, digits, gates, read, settings, table, train
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-quick = 'optim.name=muon optim.lr=0.02 optim.warmup_steps=10 model.token_mix=conv3 trainer.batch_size=16' # the same pattern as the bench shows, in a tenth of its time
 
 
 def earlier(network, **k)->list[float]: return digits(network, **k)[:-1] # depths at which the needle lies segments before the question
@@ -20,15 +19,15 @@ def test_needles_lie_where_they_are_said_to(): # what the columns of the table m
 
 
 def test_full_attention_answers_everywhere():
-    assert min(digits(train(f'full {quick}', steps=160)[0])) >= .97
+    assert min(digits(train(f'full {QUICK}', steps=160)[0])) >= .97
 
 
 def test_a_segment_alone_is_at_chance():
-    assert max(earlier(train(f'local {quick}', steps=100)[0])) <= .2 # longer does not help: nothing of the answer is within its reach
+    assert max(earlier(train(f'local {QUICK}', steps=100)[0])) <= .2 # longer does not help: nothing of the answer is within its reach
 
 
 def test_infini_answers_from_memory_and_only_from_there():
-    network, _ = train(f'infini {quick}', steps=250)
+    network, _ = train(f'infini {QUICK}', steps=250)
     assert min(earlier(network)) >= .95 and max(earlier(network, memory=False)) <= .2
     assert min(earlier(network, length=4*T, samples=50)) >= .8 # four times as long as it learned
     assert any(abs(g-.5) > .01 for layer in gates(network) for g in layer)
@@ -41,7 +40,7 @@ def test_arms_are_what_their_words_say():
 
 
 def test_table_is_of_all_lines(tmp_path):
-    line = '{"arm": "%s", "seed": %d, "steps": 9, "seconds": 2.0, "gates": [[0.5], [0.25]], "digits": {"96": [1, 1, 1, %s, 0.5], "384": [0.1, 0.1, 0.1, 0.1, 1.0]}}\n'
+    line = '{"arm": "%s", "seed": %d, "steps": 9, "quick": false, "seconds": 2.0, "gates": [[0.5], [0.25]], "digits": {"96": [1, 1, 1, %s, 0.5], "384": [0.1, 0.1, 0.1, 0.1, 1.0]}}\n'
     out = tmp_path/'a.jsonl'
     assert read(out) == []
     out.write_text(line % ('infini', 0, '1.0') + line % ('full', 0, '1.0') + line % ('infini', 1, '0.6'))
