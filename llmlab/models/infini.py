@@ -495,7 +495,7 @@ def memory_off(
     finally:
         for m, on in memories: m.on = on
 
-# %% ../../nbs/3_models/02_infini.ipynb #1766272a
+# %% ../../nbs/3_models/02_infini.ipynb #d0f51f35
 def _loop_segment(q, k, v, M, z, mine, keep, decay, settings): # mine [B, 1, n, 1]: what is written; keep [B, 1, 1, 1]: the document goes on
     "M and z after a segment, from those before it."
     pk = FEATURE_MAPS[settings.feature_map](k)*mine
@@ -513,13 +513,13 @@ def sequential(
     "Infini-attention as it is defined, one segment after the other: the reference."
     s, (B, H, T, D), Hk = settings, q.shape, k.shape[1]
     phi, decay = FEATURE_MAPS[s.feature_map], 1. if s.decay is None else s.decay
-    document = torch.zeros(B, T, dtype=torch.int64) if document is None else document
+    document, place = torch.zeros(B, T, dtype=torch.int64, device=q.device) if document is None else document, torch.arange(T, device=q.device)
     size = feature_size(s.feature_map, D)
-    states, outs = [(q.new_zeros(B, Hk, size, D), q.new_zeros(B, Hk, size), torch.full((B,), -2))], []
+    states, outs = [(q.new_zeros(B, Hk, size, D), q.new_zeros(B, Hk, size), document.new_full((B,), -2))], []
     for i, begin in enumerate(range(0, T, s.segment_len)):
         here, window = slice(begin, min(begin+s.segment_len, T)), slice(max(begin-(s.lag-1)*s.segment_len, 0), min(begin+s.segment_len, T))
         doc = document[:, here]
-        back = torch.arange(T)[here, None] >= torch.arange(T)[window]
+        back = place[here, None] >= place[window]
         local = naive(qr[:, :, here], kr[:, :, window], v[:, :, window], (doc[:, :, None] == document[:, None, window]) & back)
         M, z, owner = states[max(i-s.lag+1, 0)]
         read = memory_read(phi(q[:, :, here]), M.repeat_interleave(H//Hk, 1), z.repeat_interleave(H//Hk, 1), s.eps)
