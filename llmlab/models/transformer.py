@@ -217,7 +217,7 @@ class Block(nn.Module):
         state['tail'] = torch.cat((tail, h), 1).gather(1, last.expand(len(h), 2)[..., None].expand(-1, -1, h.shape[2]))
         return self.mix(h, tail=tail)
 
-# %% ../../nbs/3_models/03_transformer.ipynb #de22ecc4
+# %% ../../nbs/3_models/03_transformer.ipynb #fa480c37
 @torch.compiler.assume_constant_result # when a graph is traced the engine is tried out beforehand, not inside
 def _engine(*key)->str: return backend_for(*key)[0]
 
@@ -251,7 +251,7 @@ def lay_out(
         if document is not None and not s.isolate_documents: document = document.clamp(max=0) # all one document, but for padding
         if causal and (one_document or not s.isolate_documents): document = None # padding comes last, and nobody looks ahead
         positions = place if document is None else positions_of(document)
-        backend = _engine(backend, x.device.type, like.dtype, s.num_heads, s.num_kv_heads, s.head_size, s.seq_len)
+        backend = _engine(backend, x.device.type, like.dtype, s.num_heads, s.num_kv_heads, s.head_size, s.seq_len if s.attention == 'full' else s.segment_len)
         plan = _plan(s, like, causal, document, backend)
     length = max(s.seq_len, T if cache is None else cache.capacity)
     cos, sin = rotation(positions, length, s.head_size, s.rope_theta, like.dtype) if s.position == 'rope' else (None, None)

@@ -56,7 +56,7 @@ def shape_of(
         num_kv_heads=model.num_kv_heads or (heads//group if heads % group == 0 else heads), d_ff=model.d_ff or _inner_width(model, size),
         **_segments(model), **{k: getattr(model, k) for k in ('norm', 'qk_norm', 'mlp', 'position', 'rope_theta', 'token_mix', 'tie_embeddings', 'isolate_documents')})
 
-# %% ../../nbs/3_models/08_zoo.ipynb #56c36d79
+# %% ../../nbs/3_models/08_zoo.ipynb #cfea01f4
 OBJECTIVES = {'ar': AR, 'diffusion': Diffusion, 'sdd': SDD}
 
 def make_objective(
@@ -85,7 +85,7 @@ def build_model(
 )->tuple[Transformer, Objective]: # the network, and its objective
     "The network and the objective of a run. Raises `ConfigError`."
     shape = shape_of(cfg.model, vocab_size, cfg.packing.seq_len)
-    choose_backend(cfg.model.backend, device, dtype, heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_size=shape.head_size, num_tokens=shape.seq_len, say=say)
+    choose_backend(cfg.model.backend, device, dtype, heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_size=shape.head_size, num_tokens=shape.seq_len if shape.attention == 'full' else shape.segment_len, say=say)
     network = build(shape, cfg.model.backend, cfg.run.seed, device)
     network.recompute = cfg.trainer.gradient_checkpointing
     for block in network.blocks if shape.attention == 'infini' else (): # the gates of all layers, one group: a rate of their own, and a decay that is a number
