@@ -383,4 +383,4 @@ print(json.dumps([hub.train.num_documents, hub.validation.num_documents]))
     env = os.environ | dict(HF_ENDPOINT=hub.url, HF_HOME=str(home), PYTHONPATH=str(root), HF_HUB_OFFLINE='0', HF_DATASETS_OFFLINE='0', HF_HUB_DISABLE_PROGRESS_BARS='1')
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sum(json.loads(done.stdout.splitlines()[-1])) == len(texts) and 'asking again' in done.stderr
+    assert sum(json.loads(done.stdout.splitlines()[-1])) == len(texts) and 'asking again' in done.stdout
