@@ -87,6 +87,17 @@ def test_gates_have_a_group_with_a_number_for_decay():
 def test_families_that_look_both_ways_refuse(family):
     with pytest.raises(ConfigError, match=f'looks back only, and {family} looks both ways'): load_config('tiny_test', [*small, f'model.architecture={family}'])
 
+@pytest.mark.parametrize('rule', ['linear', 'delta'])
+def test_a_thousand_tokens_one_by_one_are_those_of_the_whole_row(rule):
+    network, _ = build_model(tiny.config(*small, f'model.infini.rule={rule}', 'model.infini.gate_init=0.5'), 400)
+    tokens = torch.randint(400, (1, 1000), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, cache, sizes = network.hidden(tokens), network.new_cache(1, 0), set()
+        for i in range(1000):
+            torch.testing.assert_close(network.hidden(tokens[:, i:i+1], cache=cache)[:, 0], whole[:, i], rtol=1e-3, atol=1e-4)
+            sizes.add(sum(x.nbytes for s in cache.states for x in s.values()))
+    assert len(sizes) == 1 # from the first token to the last
+
 def test_the_logs_say_what_the_memory_does():
     from llmlab.trainer.tracking import read_metrics
     r = pretrain(tiny.config(*small, 'run.name=m'), **quiet)
