@@ -290,9 +290,12 @@ except Stopped as e:
 '''
 
 
+def hear_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell that runs the check in the background makes it deaf to it
+
+
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGUSR1'])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, name):
-    p = subprocess.Popen([sys.executable, '-c', child, str(tmp_path), str(root/'tests')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(root)})
+    p = subprocess.Popen([sys.executable, '-c', child, str(tmp_path), str(root/'tests')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(root)}, preexec_fn=hear_ctrl_c)
     for _ in range(3): p.stdout.readline()
     p.send_signal(getattr(signal, name))
     out, err = p.communicate(timeout=60)
@@ -301,7 +304,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, name):
 
 
 def test_a_second_ctrl_c_quits_at_once_and_leaves_nothing_half(tmp_path):
-    p = subprocess.Popen([sys.executable, '-c', child, str(tmp_path), str(root/'tests'), 'slow'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(root)})
+    p = subprocess.Popen([sys.executable, '-c', child, str(tmp_path), str(root/'tests'), 'slow'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(root)}, preexec_fn=hear_ctrl_c)
     p.stdout.readline()
     p.send_signal(signal.SIGINT)
     while p.stdout.readline().strip() != 'saving': pass
