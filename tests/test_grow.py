@@ -175,3 +175,14 @@ def test_two_ranks_killed_while_the_cache_grows(tmp_path, seed):
     rows = {at: rows for r in (0, 1) for at, rows in map(json.loads, (tmp_path/f'rows{r}.jsonl').read_text().splitlines())}
     seen = [r for at in sorted(rows) for r in rows[at]]
     assert cache.complete and (kills or seed > 1) and len(seen) == len(set(seen)) == cache.num_rows//8*8
+
+def test_verify_lists_everything_before_anything_stops_it(tmp_path):
+    path = here(tmp_path).path
+    (path/'packed_chunk_000001.pt').write_bytes(b'short')
+    whole = (path/'packed_chunk_000003.pt').read_bytes()
+    (path/'packed_chunk_000003.pt').write_bytes(whole[:600]+bytes([whole[600]^1])+whole[601:])
+    (path/'packed_chunk_000005.pt').unlink() # this alone would simply be built
+    with pytest.raises(CacheError) as e: here(tmp_path, verify='full')
+    assert '2 problems' in str(e.value) and 'packed_chunk_000001.pt has 5 bytes' in str(e.value) and 'packed_chunk_000003.pt was changed' in str(e.value) and '--mode inverse' in str(e.value)
+    here(tmp_path, mode='inverse', verify='full')
+    assert (path/'packed_chunk_000003.pt').read_bytes() == whole and (path/'packed_chunk_000005.pt').exists()

@@ -204,7 +204,7 @@ class Cache:
             f'fill {self.fill:.4f}, {self.file_bytes/max(self.num_tokens, 1):.2f} bytes a token' + ('' if self.complete else ', not complete')
             + (f' ({self.waiting} more behind a gap)' if self.waiting else ''))
 
-# %% ../../nbs/2_packing/01_cache.ipynb #dc77e203
+# %% ../../nbs/2_packing/01_cache.ipynb #60185dfa
 def _chunk_problems(cache:Cache, full:bool)->Iterator[Problem]:
     recorded = {c['chunk']: c for c in cache.meta['chunks']}
     for k in range(max(recorded, default=-1)+1):
@@ -221,7 +221,7 @@ def _other_problems(cache:Cache)->Iterator[Problem]:
     tokenizer, registry = cache.path/'tokenizer.json', cache.path.parent.parent/REGISTRY
     if not tokenizer.exists(): yield Problem(tokenizer.name, 'is missing')
     elif hash_file(tokenizer) != cache.meta['tokenizer_file']: yield Problem(tokenizer.name, 'was changed')
-    if registry.exists() and read_registry(registry) is None: yield Problem(REGISTRY, 'was changed; the next llmlab_prepare writes it anew')
+    if registry.exists() and read_registry(registry) is None: yield Problem(REGISTRY, 'was changed; --mode inverse writes it anew')
 
 def open_cache(
     path:str|Path,                 # the folder of the cache
