@@ -146,8 +146,12 @@ def settle(folder:Path)->None:
         lines = [l for l in (file.read_text().splitlines() if file.exists() else []) if l.endswith(']]') and json.loads(l)[0] < position]
         file.write_text(''.join(l+'\n' for l in lines))
 
-def in_two_processes(work, kill:float|None)->int:
-    pids = []
+def in_two_processes(work, folder:Path, kill:int|None)->int: # how many were killed
+    "Both ranks; killed when the first has drawn so many batches, if it gets that far."
+    file, pids = folder/'rows0.jsonl', []
+    def drawn(): return file.read_bytes().count(b'\n') if file.exists() else 0
+    def running(): return any(os.waitid(os.P_PID, p, os.WEXITED|os.WNOHANG|os.WNOWAIT) is None for p in pids)
+    before = drawn()
     for r in (0, 1):
         if not (pid := os.fork()):
             try: work(r)
@@ -155,7 +159,7 @@ def in_two_processes(work, kill:float|None)->int:
             os._exit(0)
         pids.append(pid)
     if kill is not None:
-        time.sleep(kill)
+        while running() and drawn() < before+kill: time.sleep(.001)
         for p in pids: os.kill(p, signal.SIGKILL)
     codes = [os.waitpid(p, 0)[1] for p in pids]
     assert set(codes) <= {0, signal.SIGKILL}
@@ -166,11 +170,11 @@ def test_two_ranks_killed_while_the_cache_grows(tmp_path, seed):
     rng, kills = random.Random(seed), 0
     for end in (2, 3, 5, 6, None):
         cache = here(tmp_path, end_chunk=end)
-        for kill in (rng.uniform(.02, .15), rng.uniform(.02, .15), None)[rng.randrange(3):]: # sometimes the epoch is finished before there is more, sometimes not
+        for kill in (rng.randrange(1, 9), rng.randrange(1, 9), None)[rng.randrange(3):]: # sometimes the epoch is finished before there is more, sometimes not
             if kill is None and end and rng.random() < .5: break
-            kills += in_two_processes(lambda r: draw(cache.path, r, tmp_path), kill)
+            kills += in_two_processes(lambda r: draw(cache.path, r, tmp_path), tmp_path, kill)
             settle(tmp_path)
-    kills += in_two_processes(lambda r: draw(cache.path, r, tmp_path), None)
+    kills += in_two_processes(lambda r: draw(cache.path, r, tmp_path), tmp_path, None)
     settle(tmp_path)
     rows = {at: rows for r in (0, 1) for at, rows in map(json.loads, (tmp_path/f'rows{r}.jsonl').read_text().splitlines())}
     seen = [r for at in sorted(rows) for r in rows[at]]
