@@ -9,7 +9,7 @@ __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'tokenizer_folder'
            'open_trained', 'held_out', 'chosen_metrics', 'Writing', 'about_model', 'generation', 'exact', 'doubtful',
            'long_context', 'evaluate', 'generate', 'gaps', 'fill']
 
-# %% ../nbs/80_recipes.ipynb #b8464f2d
+# %% ../nbs/80_recipes.ipynb #44062423
 import contextlib, fcntl, functools, json, math, re, time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from .models.transformer import flops_per_token
 from .models.zoo import build_model
 from .packing.bins import bins_tokenizer, find_bins, open_bins
 from .packing.cache import METADATA, SPLITS, Cache, build_caches, cache_folder, open_cache, repair_caches
+from .packing.chunks import DamagedChunk
 from .packing.loader import Batch, Loader, check_same, in_order
 from .packing.packer import Packed
 from .trainer.checkpoint import TrainState, capture, checkpointer, find_checkpoint, latest, load_checkpoint, restore, rewind, start_from
@@ -139,7 +140,7 @@ def _prepare_bins(cfg:Config, say:Callable[[str], None])->Prepared:
     if caches['train'].meta['params']['bos_id'] is None: say('Their documents have no BOS, so this model will not have seen one: give it prompts that are not empty.')
     return Prepared(None, tokenizer, caches['train'], caches.get('validation'), tokenizer_file)
 
-# %% ../nbs/80_recipes.ipynb #ab3ae044
+# %% ../nbs/80_recipes.ipynb #76072cbc
 def _open_part(cfg:Config, corpus:Corpus, tokenizer:Tokenizer, splits:Sequence[str])->dict[str, Cache]:
     "The caches as far as they are built."
     caches = {s: open_cache(cache_folder(corpus, tokenizer, cfg.packing, s), tokenizer) for s in splits}
@@ -148,10 +149,9 @@ def _open_part(cfg:Config, corpus:Corpus, tokenizer:Tokenizer, splits:Sequence[s
     return caches
 
 def _list_damage(folders:Sequence[Path], full:bool)->None:
-    "Raise `CacheError` with everything that is wrong with what is there; what is only missing is about to be built."
-    wrong = [f'  {cache.path.name}: {p}' for folder in folders if (folder/METADATA).exists() for cache in [Cache(folder)] for p in cache.verify(full)
-        if not any(words in p.what for words in ('is missing', 'is not recorded', 'later ones were'))]
-    if wrong: raise CacheError('\n'.join([f'{folders[0]}: {len(wrong)} problem{"s" if len(wrong) > 1 else ""}', *wrong, 'llmlab_prepare --mode inverse with the same settings makes what is damaged again, and nothing else.']))
+    "Raise `CacheError` with everything that is wrong with caches of which something is."
+    wrong = [f'  {folder.name}: {p}' for folder in folders if (folder/METADATA).exists() for p in Cache(folder).verify(full)]
+    raise CacheError('\n'.join([f'{folders[0]}: {len(wrong)} problem{"s" if len(wrong) > 1 else ""}', *wrong, 'llmlab_prepare --mode inverse with the same settings makes what is missing or damaged again, and nothing else.']))
 
 def _warn_of_part(cfg:Config, corpus:Corpus, cache:Cache, say:Callable[[str], None])->None:
     if cache.complete: return
@@ -181,9 +181,10 @@ def prepare(
     if mode == 'inverse':
         mended = repair_caches(corpus, tokenizer, cfg.packing, splits, tell)
         say('\n'.join(map(str, mended)) or 'Nothing is missing or damaged.')
-    if verify and not force: _list_damage([cache_folder(corpus, tokenizer, cfg.packing, s) for s in splits], verify == 'full') # before the first of it stops the build
-    if mode == 'normal': caches = build_caches(corpus, tokenizer, cfg.packing, splits, tell, force=force, start_chunk=start_chunk, end_chunk=end_chunk)
-    else: caches = _open_part(cfg, corpus, tokenizer, splits)
+    try: caches = build_caches(corpus, tokenizer, cfg.packing, splits, tell, force=force, start_chunk=start_chunk, end_chunk=end_chunk) if mode == 'normal' else _open_part(cfg, corpus, tokenizer, splits)
+    except DamagedChunk: # the first one; who asked wants to know of all
+        if verify: _list_damage([cache_folder(corpus, tokenizer, cfg.packing, s) for s in splits], verify == 'full')
+        raise
     for split, cache in caches.items():
         if cache.complete and not cache.num_documents: next(corpus.iterate(split)) # raises the error that says why
         if verify: check_cache(cache, say, verify == 'full')

@@ -185,8 +185,8 @@ def test_verify_lists_everything_before_anything_stops_it(tmp_path):
     (path/'packed_chunk_000001.pt').write_bytes(b'short')
     whole = (path/'packed_chunk_000003.pt').read_bytes()
     (path/'packed_chunk_000003.pt').write_bytes(whole[:600]+bytes([whole[600]^1])+whole[601:])
-    (path/'packed_chunk_000005.pt').unlink() # this alone would simply be built
+    (path/'packed_chunk_000005.pt').unlink()
     with pytest.raises(CacheError) as e: here(tmp_path, verify='full')
-    assert '2 problems' in str(e.value) and 'packed_chunk_000001.pt has 5 bytes' in str(e.value) and 'packed_chunk_000003.pt was changed' in str(e.value) and '--mode inverse' in str(e.value)
+    assert '3 problems' in str(e.value) and 'packed_chunk_000001.pt has 5 bytes' in str(e.value) and 'packed_chunk_000003.pt was changed' in str(e.value) and '--mode inverse' in str(e.value)
     here(tmp_path, mode='inverse', verify='full')
     assert (path/'packed_chunk_000003.pt').read_bytes() == whole and (path/'packed_chunk_000005.pt').exists()

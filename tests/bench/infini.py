@@ -13,17 +13,8 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from llmlab.models.attention import attend
 from llmlab.models.infini import Memory, MemorySettings, elu1, local_attention, sequential, state_bytes
+from parts import turns
 from train_step import keep_memory
-
-
-def turns(contestants:dict, rounds:int)->dict:
-    taken = {name: [] for name in contestants}
-    for r in range(rounds+1):
-        for name, work in contestants.items():
-            start = time.process_time()
-            work()
-            if r: taken[name].append((time.process_time()-start)*1e3)
-    return {name: statistics.median(t) for name, t in taken.items()}
 
 
 def loop(q, k, v, g, N, rule): # no documents, no settings; elu1, un-rotated, as many key heads as query heads
