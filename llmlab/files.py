@@ -7,8 +7,8 @@ __all__ = ['LlmlabError', 'ConfigError', 'DataError', 'CacheError', 'CheckpointE
            'write_whole', 'write_json', 'read_json', 'whole_folder', 'sweep', 'append_json', 'read_jsonl', 'hash_bytes',
            'hash_json', 'hash_file']
 
-# %% ../nbs/00_files.ipynb #9b7ba4b4
-import contextlib, errno, json, os, re, shutil, socket, time
+# %% ../nbs/00_files.ipynb #33d64fe8
+import contextlib, errno, json, os, re, shutil, socket, threading, time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def read_json(path:str|Path, error:type[LlmlabError]=LlmlabError)->Any:
     except OSError as e: raise error(f'cannot read {path}: {e.strerror}.') from e
     except (ValueError, RecursionError) as e: raise error(f'{path} is not readable as JSON ({e}).') from e # not JSON, not UTF-8, nested without end
 
-# %% ../nbs/00_files.ipynb #346fbc04
+# %% ../nbs/00_files.ipynb #7a2b26db
 def _sync_tree(folder:Path)->None:
     for p in folder.rglob('*'):
         if p.is_file():
@@ -108,18 +108,20 @@ def _sync_tree(folder:Path)->None:
 def whole_folder(
     path:str|Path, # the folder to make
     error:type[LlmlabError]=LlmlabError, # raised when the disk refuses
+    replace:bool=True, # what is there already; else an `error` that a `FileExistsError` caused (an empty folder counts as nothing)
 )->Iterator[Path]: # a temporary folder to fill
     "A folder to fill, that becomes `path` only when the block ends without an error."
     path = Path(path)
-    part, old = (path.with_name(f'.{path.name}.{_mine()}.{s}') for s in ('tmp', 'old'))
+    part, old = path.with_name(f'.{path.name}-{threading.get_ident():x}.{_mine()}.tmp'), path.with_name(f'.{path.name}.{_mine()}.old')
     with disk_errors(path, error):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
             yield part
             _sync_tree(part)
-            if path.exists(): os.rename(path, old)
-            os.rename(part, path)
+            if replace and path.exists(): os.rename(path, old)
+            try: os.rename(part, path)
+            except OSError as e: raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) if e.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) else e
             sync_folder(path.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)

@@ -329,7 +329,7 @@ class Result:
         for s in self.samples[:2]: lines += ['', f'  sample: {s["prompt"]!r} goes on', *('    '+l for l in (s['prompt']+s['text']).splitlines())]
         return '\n'.join(lines)
 
-# %% ../nbs/80_recipes.ipynb #d9739b68
+# %% ../nbs/80_recipes.ipynb #73223c55
 def write_down(
     cfg:Config, # all settings
     folder:Path, # the run folder
@@ -344,14 +344,13 @@ def open_run(
     say:Callable[[str], None]=print, # told where the run is
 )->tuple[Path, dict|None]: # the run folder, and the checkpoint to go on from
     "The folder of a run. Its settings are written down, unless it goes on from a checkpoint: then once that has worked (`write_down`)."
-    folder = resume or create(cfg.run, names_of(cfg))
+    folder = resume or create(cfg.run, names_of(cfg), lambda folder: write_down(cfg, folder))
     checkpoint = None
     if resume:
         if is_running(folder): raise LlmlabError(f'{folder} is running already (`llmlab_runs list` shows it). Stop it first.')
         newest = latest(folder/'checkpoints', say)
         checkpoint = load_checkpoint(newest) if newest else None
         if checkpoint: rewind(folder/'checkpoints', checkpoint['global_step'])
-    if not checkpoint and not (resume and (folder/'config.yaml').exists()): write_down(cfg, folder)
     say(f'Run {folder}' + (f', going on after step {checkpoint["global_step"]:,}' if checkpoint else ', starting again: it has no checkpoint yet' if resume else ''))
     return folder, checkpoint
 

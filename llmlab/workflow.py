@@ -147,7 +147,7 @@ def plot_comparison(
     fig.savefig(png, format='png', metadata={'Software': None})
     return png.getvalue()
 
-# %% ../nbs/81_workflow.ipynb #d5f21ee5
+# %% ../nbs/81_workflow.ipynb #969279ab
 def compare_baseline(
     cfg:Config, # of the arm with a memory
     *,
@@ -159,7 +159,7 @@ def compare_baseline(
     "Train a model and its baseline, evaluate both, write table and picture. Raises `LlmlabError` if an arm fails."
     configs = arms_of(cfg)
     say(str(prepare(cfg, mode='part' if cfg.packing.partial else 'normal', say=say))) # once, for both
-    folder = resume or create(cfg.run, names_of(cfg))
+    folder = resume or create(cfg.run, names_of(cfg), lambda folder: cfg.save(folder/f'{cfg.model.attention}.yaml')) # whose settings --resume begins with
     devices = devices_of(cfg, len(configs))
     arms = []
     for i, (name, c) in enumerate(configs.items()):

@@ -12,20 +12,37 @@ from llmlab.trainer.runs import compare, create, delete, environment, find_run, 
 from llmlab.trainer.tracking import write_status
 
 names = {'architecture': 'ar', 'dataset': 'stories', 'size': 'tiny'}
+begin = lambda folder: tiny.config().save(folder/'config.yaml')
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
-    with ThreadPoolExecutor(8) as pool: made = list(pool.map(lambda _: create(Run(folder=str(tmp_path)), names), range(24)))
+    with ThreadPoolExecutor(8) as pool: made = list(pool.map(lambda _: create(Run(folder=str(tmp_path)), names, begin), range(24)))
     assert len(set(made)) == 24 and {p.name for p in made} == {f'ar-stories-tiny-v{n}' for n in range(1, 25)}
 
 
 def test_names(tmp_path):
     assert names_of(tiny.config('data.name=files', 'data.path=my/notes.txt'))['dataset'] == 'notes'
-    assert create(Run(folder=str(tmp_path), name='../../{dataset}'), names | {'dataset': 'owner/name'}).parent == tmp_path
+    assert create(Run(folder=str(tmp_path), name='../../{dataset}'), names | {'dataset': 'owner/name'}, begin).parent == tmp_path
     for bad in ('{oops}', '{0}', '{', '...'):
-        with pytest.raises(ConfigError): create(Run(folder=str(tmp_path), name=bad), names)
-    create(Run(folder=str(tmp_path), name='one'), names)
-    with pytest.raises(ConfigError, match='there already'): create(Run(folder=str(tmp_path), name='one'), names)
+        with pytest.raises(ConfigError): create(Run(folder=str(tmp_path), name=bad), names, begin)
+    create(Run(folder=str(tmp_path), name='one'), names, begin)
+    with pytest.raises(ConfigError, match='there already'): create(Run(folder=str(tmp_path), name='one'), names, begin)
+
+
+def test_a_run_killed_before_it_has_settings_takes_no_name(tmp_path):
+    code = f'''
+import os, signal
+from llmlab.config import Run
+from llmlab.trainer.runs import create
+def begin(folder):
+    (folder/'environment.json').write_text('{{}}')
+    os.kill(os.getpid(), signal.SIGKILL)
+create(Run(folder={str(tmp_path)!r}, name='one'), {{}}, begin)'''
+    assert subprocess.run([sys.executable, '-c', code], env={'PYTHONPATH': str(Path(__file__).parent.parent)}).returncode == -9
+    assert not (tmp_path/'one').exists() and len(list(tmp_path.iterdir())) == 1 and not list_runs(tmp_path)
+    (tmp_path/'one').mkdir()
+    assert list_runs(create(Run(folder=str(tmp_path), name='one'), {}, begin).parent)[0].name == 'one'
+    assert [p.name for p in tmp_path.iterdir()] == ['one'] # what the first one left is swept away
 
 
 def test_environment_has_no_secrets(monkeypatch):

@@ -6,15 +6,16 @@
 __all__ = ['names_of', 'create', 'mask_secrets', 'environment', 'RunInfo', 'look_at', 'list_runs', 'runs_table', 'find_run',
            'flat', 'compare', 'compare_table', 'show', 'delete']
 
-# %% ../../nbs/4_trainer/05_runs.ipynb #fb773ae4
+# %% ../../nbs/4_trainer/05_runs.ipynb #1e3530e1
 import difflib, os, platform, re, shutil, subprocess, sys, time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 import torch
 import llmlab
 from ..config import Config, Run, read_yaml
-from ..files import ConfigError, LlmlabError, disk_errors, read_json, write_json
+from ..files import ConfigError, LlmlabError, disk_errors, read_json, sweep, whole_folder, write_json
 from .checkpoint import best, is_complete, list_checkpoints
 from .tracking import is_running, read_metrics, read_status
 
@@ -35,17 +36,20 @@ def _fill(template:str, names:dict[str, str], n:int)->str:
     if not name: raise ConfigError(f'run.name is {template!r}, which leaves no name.')
     return name
 
-# %% ../../nbs/4_trainer/05_runs.ipynb #f62423fc
+# %% ../../nbs/4_trainer/05_runs.ipynb #1909f0c6
 def create(
     run:Run, # name template and the folder of all runs
     names:dict[str, str], # what fills the template (`names_of`)
-)->Path: # the new, empty run folder
+    begin:Callable[[Path], object], # writes the first files into it, such as the settings
+)->Path: # the new run folder
     "Make a run folder with the next free number. Raises `ConfigError` if the name has no {n} and is taken."
     folder, n = Path(run.folder), 1
+    sweep(folder)
     while True:
         path = folder/_fill(run.name, names, n)
         try:
-            with disk_errors(path): path.mkdir(parents=True)
+            if path.is_dir() and any(path.iterdir()): raise LlmlabError(str(path)) from FileExistsError() # the common case, without writing anything
+            with whole_folder(path, replace=False) as part: begin(part)
             return path
         except LlmlabError as e:
             if not isinstance(e.__cause__, FileExistsError): raise
@@ -115,13 +119,13 @@ def look_at(
     return RunInfo(path, state, status.get('step', 0), status.get('total_steps'), curves['train/loss'][-1][1] if 'train/loss' in curves else None,
         min((v for _, v in curves.get('val/loss', [])), default=None), sum(map(is_complete, list_checkpoints(path/'checkpoints'))), started[:16])
 
-# %% ../../nbs/4_trainer/05_runs.ipynb #ecbf6db6
+# %% ../../nbs/4_trainer/05_runs.ipynb #fe67a14b
 def list_runs(
     folder:str|Path='runs', # the folder of all runs
 )->list[RunInfo]: # in the order in which they were last written to
     "All runs in a folder."
     marks = ('status.json', 'config.yaml', 'environment.json')
-    found = [p for p in Path(folder).glob('*') if p.is_dir() and any((p/m).exists() for m in marks)]
+    found = [p for p in Path(folder).glob('[!.]*') if p.is_dir() and any((p/m).exists() for m in marks)]
     touched = lambda p: max((p/m).stat().st_mtime_ns for m in marks if (p/m).exists())
     return [look_at(p) for p in sorted(found, key=lambda p: (touched(p), p.name))]
 
