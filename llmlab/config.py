@@ -35,12 +35,12 @@ class Run(Section):
     deterministic: bool = Field(True, description='refuse kernels whose results change from run to run')
     threads: int | None = Field(None, ge=1, description='CPU threads for torch; null: as many as cores')
 
-# %% ../nbs/01_config.ipynb #8ea604e3
+# %% ../nbs/01_config.ipynb #3b5ac19d
 class Data(Section):
     "Which text to learn from."
-    name: Literal['python', 'stories', 'files', 'hub', 'file', 'bins', 'tinystories', 'fineweb-edu', 'openwebtext'] = Field('python', description='a corpus; tinystories, fineweb-edu and openwebtext are known data sets of the hub; bins: tokens made elsewhere (train.bin, val.bin)')
-    path: str | None = Field(None, description='files: a file or folder of txt, md, jsonl, jsonl.gz, parquet; hub: owner/name of a dataset, or a folder that holds one; bins: the folder of the .bin files')
-    file: str | None = Field(None, description="file: the user's own Python file with a function documents()")
+    name: Literal['python', 'stories', 'files', 'hub', 'file', 'bins', 'instructions', 'tinystories', 'fineweb-edu', 'openwebtext'] = Field('python', description='a corpus; tinystories, fineweb-edu and openwebtext are known data sets of the hub; bins: tokens made elsewhere (train.bin, val.bin); instructions: questions and answers, for fine-tuning')
+    path: str | None = Field(None, description='files: a file or folder of txt, md, jsonl, jsonl.gz, parquet; hub: owner/name of a dataset, or a folder that holds one; bins: the folder of the .bin files; instructions: a file of json, jsonl or csv, null: small tasks that come with llmlab')
+    file: str | None = Field(None, description="file: the user's own Python file, with a function documents() for pretraining, get_custom_dataset() for fine-tuning")
     text_column: str = Field('text', description='name of the column that holds the text (jsonl, parquet, hub)')
     subset: str | None = Field(None, description='hub: the configuration of the dataset')
     hub_split: str = Field('train', description='hub: the split of the dataset to read')
@@ -145,10 +145,10 @@ class Infini(Section):
     bptt_segments: int | None = Field(None, ge=1, description='gradients reach back so many segments through the memory; null: all')
     recompute: bool = Field(False, description='compute the memory of all segments anew in the backward pass, instead of keeping it')
 
-# %% ../nbs/01_config.ipynb #e15537d7
+# %% ../nbs/01_config.ipynb #fd6b9028
 class Model(Section):
     "The network and its family."
-    architecture: Literal['ar', 'diffusion', 'sdd'] = Field('ar', description='family of the model: ar (autoregressive), diffusion (masked diffusion), sdd (Sparse Distribution Diffusion)')
+    architecture: Literal['ar', 'diffusion', 'sdd', 'hf'] = Field('ar', description='family of the model: ar (autoregressive), diffusion (masked diffusion), sdd (Sparse Distribution Diffusion); hf: a Hugging Face model that is fine-tuned (finetune.init)')
     init: str | None = Field(None, description='start from the weights of this run or checkpoint, of any family; null: from nothing')
     size: Literal['tiny', 'small', 'medium', 'large', 'xl', '415m'] = Field('small', description='a named shape; the numbers below override parts of it')
     d_model: int | None = Field(None, ge=1, description='width')
@@ -188,7 +188,7 @@ class Optim(Section):
     ema: float | None = Field(None, gt=0, lt=1, description='decay of a moving average of the weights, which is then validated and evaluated; null: none')
     fused: Literal['auto'] | bool = Field('auto', description='fused AdamW; auto: where it exists')
 
-# %% ../nbs/01_config.ipynb #65fd4a6e
+# %% ../nbs/01_config.ipynb #da44e52d
 class Trainer(Section):
     "How long to train, and what to do on the way. A step is an optimizer step."
     batch_size: int = Field(32, ge=1, description='rows in a micro-batch')
@@ -202,6 +202,7 @@ class Trainer(Section):
     eval_rows: int | None = Field(None, ge=1, description='validate on the first so many rows; null: the whole split')
     save_interval: int = Field(100, ge=1, description='steps between two checkpoints; the last step always has one')
     keep_last: int = Field(3, ge=1, description='checkpoints to keep, besides the best')
+    patience: int | None = Field(None, ge=1, description='end the run early after so many validations in a row without a better loss; null: never')
     gradient_checkpointing: Literal['none', 'full'] = Field('none', description='full: recompute each block in the backward pass; less memory, a third slower')
     sample_prompts: list[str] = Field([''], description='prompts that the model continues at each validation')
     sample_tokens: int = Field(64, ge=0, description='length of these samples, in tokens; 0: none')
@@ -219,18 +220,29 @@ class Tracking(Section):
     wandb: Literal['auto', 'online', 'offline', 'off'] = Field('auto', description='auto: online with a key, offline without')
     wandb_project: str = Field('llmlab', description='W&B project')
 
-# %% ../nbs/01_config.ipynb #2a79e053
+# %% ../nbs/01_config.ipynb #306d0820
 class Peft(Section):
     "Parameter-efficient fine-tuning."
     method: Literal['full', 'lora', 'qlora', 'dora'] = Field('full', description='full: all weights')
     r: int = Field(16, ge=1, description='rank of the adapters')
     alpha: float = Field(32, gt=0, description='scale of the adapters, divided by r')
-    targets: str = Field('all-linear', description='which matrices get an adapter')
+    dropout: float = Field(0., ge=0, lt=1, description='share of the inputs of an adapter that training drops')
+    targets: str = Field('all-linear', description='which matrices get an adapter: all-linear, attention, mlp, names with commas between; of a vision model also text, fusion, vision')
 
 class Finetune(Section):
     "Fine-tuning. Kept in the file; training from nothing does not use it."
-    init: str | None = Field(None, description='checkpoint or model to start from')
-    test_split: str | None = Field(None, description='name of the split to test on')
+    init: str | None = Field(None, description='what to start from: a run, a checkpoint, a folder with a Hugging Face model, or its name on the hub')
+    best: bool = Field(False, description='of a run, its checkpoint with the lowest validation loss instead of the newest')
+    format: Literal['auto', 'alpaca', 'dolly', 'messages', 'sharegpt', 'prompt'] = Field('auto', description='of the file of instructions; auto: found out, and said')
+    template: Literal['auto', 'alpaca', 'chat'] = Field('auto', description="how a conversation becomes text; auto: the model's own chat template where it has one, else alpaca")
+    train_on: Literal['last', 'all'] = Field('last', description='of a conversation with several answers, which are learned')
+    truncation: Literal['drop', 'truncate_prompt', 'truncate_response', 'error'] = Field('drop', description='what happens to an example that is longer than a row')
+    max_lost_fraction: float = Field(0.05, ge=0, le=1, description='refuse to start where more than this share of what is to be learned is lost to truncation')
+    packing: Literal['isolated', 'none'] = Field('isolated', description='isolated: several examples in a row, none sees another; none: one in each row')
+    split: Literal['hash', 'tail'] = Field('hash', description='hash: an example is held out by the hash of its prompt; tail: the last ones of the file')
+    folder: str = Field('data_instruct', description='where the prepared examples are kept')
+    max_samples: int | None = Field(None, ge=1, description='take the first so many examples')
+    test_split: str | None = Field(None, description="get_custom_dataset: the name that its held-out split is asked for by; null: test")
     peft: Peft = Field(default_factory=Peft)
 
 class Slurm(Section):
@@ -510,7 +522,7 @@ def _place(src:Source, key:str)->str:
     below = [p for k, p in src.places.items() if k.startswith(key+'.')]
     return below[0] if below else src.places.get(key.rpartition('.')[0], 'default')
 
-# %% ../nbs/01_config.ipynb #ec44c02d
+# %% ../nbs/01_config.ipynb #a512c690
 def sampler_contradictions(s:Sampler, family:str, block:int|None, token_mix:str)->Iterator[tuple[str, str]]:
     "Settings of a sampler that a family, its block or its network cannot serve: (key, what is wrong)."
     if block and s.block: yield 'block', f'has no use with model.diffusion.block {block}, which already is the block'
@@ -521,7 +533,7 @@ def sampler_contradictions(s:Sampler, family:str, block:int|None, token_mix:str)
 
 def _family_contradictions(m:Model)->Iterator[tuple[str, str]]:
     d, s = m.diffusion, m.sdd
-    if m.architecture == 'ar':
+    if m.architecture in ('ar', 'hf'):
         if d.block: yield 'model.diffusion.block', 'has no use with model.architecture ar; leave it out, or set model.architecture=diffusion'
         return
     if m.position == 'learned': yield 'model.position', f'learned has no place for the last token of a row, which {m.architecture} also reads; take rope'
@@ -550,7 +562,7 @@ def contradictions(c:Config)->Iterator[tuple[str, str]]:
     if len(given) > 1: yield f'trainer.{given[-1]}', f'only one of max_steps, max_tokens and epochs may be given (got {" and ".join(given)})'
     if c.data.name in ('files', 'hub', 'bins') and not c.data.path: yield 'data.path', f'must be given, since data.name is {c.data.name}'
     if c.data.name == 'file' and not c.data.file: yield 'data.file', 'must be given, since data.name is file'
-    if c.data.name not in ('files', 'hub', 'bins') and c.data.path: yield 'data.path', f'has no use with data.name {c.data.name}; set data.name=files (or hub, or bins), or leave it out'
+    if c.data.name not in ('files', 'hub', 'bins', 'instructions') and c.data.path: yield 'data.path', f'has no use with data.name {c.data.name}; set data.name=files (or hub, or bins), or leave it out'
     if c.data.name != 'file' and c.data.file: yield 'data.file', f'has no use with data.name {c.data.name}; set data.name=file, or leave it out'
     if c.tokenizer.kind == 'hf' and not c.tokenizer.path: yield 'tokenizer.path', 'must be given, since tokenizer.kind is hf'
     if c.tokenizer.kind in ('byte', 'char') and c.tokenizer.path: yield 'tokenizer.path', f'has no use with tokenizer.kind {c.tokenizer.kind}; leave it out'
