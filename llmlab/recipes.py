@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'tokenizer_folder', 'prepare_tokenizer', 'Prepared', 'check_cache',
-           'full_rows', 'prepare', 'Parts', 'build', 'validator', 'settle_shift', 'begin_from', 'checkpoint_of',
-           'Result', 'write_down', 'open_run', 'resume_settings', 'check_gates', 'settle_length', 'pretrain', 'summary',
-           'open_trained', 'held_out', 'chosen_metrics', 'Writing', 'about_model', 'generation', 'exact', 'doubtful',
-           'long_context', 'evaluate', 'generate', 'gaps', 'fill']
+           'full_rows', 'prepare', 'Parts', 'build', 'gather_parts', 'validator', 'settle_shift', 'begin_from',
+           'checkpoint_of', 'Result', 'write_down', 'open_run', 'resume_settings', 'check_gates', 'settle_length',
+           'pretrain', 'carry_out', 'summary', 'open_trained', 'held_out', 'chosen_metrics', 'Writing', 'about_model',
+           'generation', 'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps', 'fill']
 
 # %% ../nbs/80_recipes.ipynb #44062423
 import contextlib, fcntl, functools, json, math, re, time
@@ -72,7 +72,7 @@ def _make_tokenizer(cfg:Config, corpus:Corpus, folder:Path, say:Callable[[str], 
     tokenizer.save(folder)
     return tokenizer
 
-# %% ../nbs/80_recipes.ipynb #cf44cdaa
+# %% ../nbs/80_recipes.ipynb #334f3dd7
 @dataclass
 class Prepared:
     "Everything that training reads: text, vocabulary, rows."
@@ -81,6 +81,7 @@ class Prepared:
     train: Cache
     validation: Cache|None # None where nothing is held out
     tokenizer_file: Path # the tokenizer, for checkpoints
+    files: tuple[Path, ...] = () # what else a checkpoint should hold, such as a chat template
 
     def __str__(self)->str:
         t, v = self.train, self.validation
@@ -192,7 +193,7 @@ def prepare(
     validation = caches.get('validation')
     return Prepared(corpus, tokenizer, caches['train'], validation if validation is not None and validation.num_targets else None, caches['train'].path/'tokenizer.json')
 
-# %% ../nbs/80_recipes.ipynb #04ae5c87
+# %% ../nbs/80_recipes.ipynb #99c910a2
 @dataclass
 class Parts:
     "The parts of a training run, ready to fit."
@@ -206,6 +207,7 @@ class Parts:
     generator: torch.Generator # what the objective draws from
     steps: int # optimizer steps in the whole run
     ema: Ema|None = None # average of the weights, where it is asked for
+    prompts: dict[str, list[int]]|None = None # shown -> tokens, to write samples at; None: as `trainer.sample_prompts` says
 
     def stateful(self)->dict:
         "What a checkpoint must hold besides the counters."
@@ -223,6 +225,16 @@ def build(
     machine = set_up(cfg.run, say)
     data = prepare(cfg, mode='part' if cfg.packing.partial else 'normal', say=say)
     network, objective = build_model(cfg, data.tokenizer.vocab_size, machine.device, machine.dtype, say, data.tokenizer.special)
+    return gather_parts(cfg, machine, data, network, objective)
+
+def gather_parts(
+    cfg:Config, # sections run, optim, trainer, loader, packing
+    machine:Machine, # where everything is
+    data:Prepared, # what is read
+    network:torch.nn.Module, # with the weights that it begins with
+    objective:object, # of its family
+)->Parts:
+    "A network and its data with an optimizer, a loader and a length."
     loader = Loader(data.train, cfg.trainer.batch_size, seed=cfg.run.seed, workers=cfg.loader.workers, device=machine.device,
                     device_prefetch=cfg.loader.device_prefetch, fraction=cfg.trainer.epoch_dataset_fraction)
     return Parts(machine, data, network, objective, build_optimizer(network, cfg.optim, machine.device), machine.scaler(), loader,
@@ -400,7 +412,7 @@ def settle_length(
     warm = warmup_steps(state.full_steps, cfg.optim)
     if warm >= parts.steps and cfg.optim.warmup_steps is None: say(f'The warm-up has {warm:,} steps, a share of the {state.full_steps:,} of the whole corpus; what there is of it makes only {parts.steps:,}.')
 
-# %% ../nbs/80_recipes.ipynb #4b0e8980
+# %% ../nbs/80_recipes.ipynb #9d515679
 def pretrain(
     cfg:Config, # all settings
     *,
@@ -410,12 +422,28 @@ def pretrain(
     say:Callable[[str], None]=print, # told what happens
 )->Result:
     "Train a model from text to its last checkpoint. Raises `Stopped` when a signal or the limit ends the sitting early, with everything saved."
-    start = time.monotonic()
-    if cfg.finetune.init: raise ConfigError(f'finetune.init asks to start from {cfg.finetune.init}, but this is pretraining. Leave finetune.init out; model.init starts pretraining from other weights.')
-    cfg = settle_shift(cfg, say)
+    if cfg.finetune.init: raise ConfigError(f'finetune.init asks to start from {cfg.finetune.init}, but this is pretraining. Fine-tune with llmlab_finetune, or leave finetune.init out; model.init starts pretraining from other weights.')
+    start, cfg = time.monotonic(), settle_shift(cfg, say)
     parts = build(cfg, say)
+    def begin()->None:
+        if cfg.model.init: begin_from(cfg, parts, say)
+    return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
+
+def carry_out(
+    cfg:Config, # all settings
+    parts:Parts, # of this run
+    begin:Callable[[], None]=lambda: None, # done to a run that is new, before anything else
+    *,
+    resume:Path|None=None, # a run folder to go on with
+    limit:Limit=Limit(), # how far this sitting may go
+    screen:str='auto', # how progress is shown
+    say:Callable[[str], None]=print, # told what happens
+    start:float|None=None, # time.monotonic() when the sitting began; None: now
+)->Result:
+    "What pretraining and fine-tuning have in common: a run folder, the loop, the end. Raises `Stopped`."
+    start = time.monotonic() if start is None else start
     folder, checkpoint = open_run(cfg, resume, say)
-    if checkpoint is None and cfg.model.init: begin_from(cfg, parts, say)
+    if checkpoint is None: begin()
     state = _into(parts, checkpoint)
     settle_length(cfg, parts, state, say)
     check_gates(cfg, state, say)
@@ -425,7 +453,7 @@ def pretrain(
                                    cache_info=parts.data.train.info(), tracker_ids=tracker.ids())
         fit(parts.network, parts.objective, parts.loader, parts.optimizer, total_steps=parts.steps, rate=lambda step: rate_along(step, state.lengths, cfg.optim, warmup_steps(state.full_steps, cfg.optim)),
             accumulation=cfg.trainer.gradient_accumulation_steps, clip=cfg.optim.grad_clip, machine=parts.machine, scaler=parts.scaler, generator=parts.generator, state=state, ema=parts.ema,
-            hooks=[every(cfg.trainer.eval_interval, validator(cfg, parts, tracker))], save=checkpointer(folder/'checkpoints', gather, cfg.trainer.keep_last, [parts.data.tokenizer_file]),
+            hooks=[every(cfg.trainer.eval_interval, validator(cfg, parts, tracker))], save=checkpointer(folder/'checkpoints', gather, cfg.trainer.keep_last, [parts.data.tokenizer_file, *parts.data.files]),
             save_every=cfg.trainer.save_interval, log_every=cfg.trainer.log_interval, tracker=tracker, limit=limit, flops_per_token=flops_per_token(parts.network.shape, cfg.packing.seq_len), folder=folder)
     parts.loader.close()
     return summary(folder, state, parts, time.monotonic()-start, _validated_rows(cfg, state))
