@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'tokenizer_folder', 'prepare_tokenizer', 'Prepared', 'check_cache',
            'full_rows', 'prepare', 'Parts', 'build', 'gather_parts', 'validator', 'settle_shift', 'begin_from',
-           'checkpoint_of', 'Result', 'write_down', 'open_run', 'resume_settings', 'check_gates', 'settle_length',
-           'pretrain', 'carry_out', 'summary', 'open_trained', 'held_out', 'chosen_metrics', 'Writing', 'about_model',
-           'generation', 'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps', 'fill']
+           'Result', 'write_down', 'open_run', 'resume_settings', 'check_gates', 'settle_length', 'pretrain',
+           'carry_out', 'summary', 'open_trained', 'held_out', 'chosen_metrics', 'Writing', 'about_model', 'generation',
+           'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps', 'fill']
 
-# %% ../nbs/80_recipes.ipynb #44062423
+# %% ../nbs/80_recipes.ipynb #9878f790
 import contextlib, fcntl, functools, json, math, re, time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ from .trainer.loop import Limit, every, fit
 from .trainer.machine import Machine, choose_device, set_up
 from .trainer.optim import Ema, build_optimizer, rate_along, total_steps, warmup_steps
 from .trainer.plots import plot_run
-from .trainer.runs import create, environment, find_run, names_of
+from .trainer.runs import checkpoint_of, create, environment, find_run, names_of
 from .trainer.tracking import Stopped, Tracker, is_running, open_tracker, read_metrics
 
 # %% ../nbs/80_recipes.ipynb #a01863e1
@@ -267,7 +267,7 @@ def validator(
         with parts.averaged(): return look(state)
     return validate
 
-# %% ../nbs/80_recipes.ipynb #dd4d086c
+# %% ../nbs/80_recipes.ipynb #c889b45e
 def settle_shift(
     cfg:Config, # all settings
     say:Callable[[str], None]=print, # told what is decided
@@ -298,16 +298,6 @@ def begin_from(
         with torch.no_grad(): parts.network.embed.weight[tokenizer.mask_id] = parts.network.embed.weight.mean(0)
     if parts.ema: parts.ema = Ema(parts.network, cfg.optim.ema)
     say(f'Weights of {path} ({other["architecture"]}, step {other["global_step"]:,})' + (f'; new: {", ".join(fresh)}' if fresh else ''))
-
-def checkpoint_of(
-    run:str, # last, the name of a run, a run folder or a checkpoint
-    runs:str|Path='runs', # the folder of the runs
-    best:bool=False, # the checkpoint with the lowest validation loss, instead of the newest
-    say:Callable[[str], None]=lambda line: None, # told what is passed over
-)->Path:
-    "The checkpoint that a name means. Raises `CheckpointError` or `LlmlabError` where there is none."
-    path = Path(run) if (Path(run)/'meta.json').exists() or Path(run).name.startswith('step-') else find_run(run, runs)
-    return find_checkpoint(path, 'best' if best else 'latest', say)
 
 # %% ../nbs/80_recipes.ipynb #7a01bcc7
 @dataclass

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['names_of', 'create', 'mask_secrets', 'environment', 'RunInfo', 'look_at', 'list_runs', 'runs_table', 'find_run',
-           'flat', 'compare', 'compare_table', 'show', 'delete']
+           'checkpoint_of', 'flat', 'compare', 'compare_table', 'show', 'delete']
 
-# %% ../../nbs/4_trainer/05_runs.ipynb #1e3530e1
+# %% ../../nbs/4_trainer/05_runs.ipynb #b5941e6e
 import difflib, os, platform, re, shutil, subprocess, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch
 import llmlab
 from ..config import Config, Run, read_yaml
 from ..files import ConfigError, LlmlabError, disk_errors, read_json, sweep, whole_folder, write_json
-from .checkpoint import best, is_complete, list_checkpoints
+from .checkpoint import best, find_checkpoint, is_complete, list_checkpoints
 from .tracking import is_running, read_metrics, read_status
 
 # %% ../../nbs/4_trainer/05_runs.ipynb #81ab0782
@@ -141,7 +141,7 @@ def runs_table(
         table.add_row(r.name, r.state, steps, number(r.train_loss), number(r.val_loss), str(r.checkpoints), r.started)
     return table
 
-# %% ../../nbs/4_trainer/05_runs.ipynb #27bbfb26
+# %% ../../nbs/4_trainer/05_runs.ipynb #3d8d1d15
 def find_run(
     name:str='last', # last, the name of a run, or a path
     folder:str|Path='runs', # the folder of all runs
@@ -153,6 +153,16 @@ def find_run(
     if name == 'last' and names: return Path(folder)/names[-1]
     near = difflib.get_close_matches(name, names, 3, cutoff=.4) or names[-3:]
     raise LlmlabError(f'there is no run {name!r} in {folder}. ' + (f"Is it one of {', '.join(near)}?" if near else 'Train one first: llmlab_train.'))
+
+def checkpoint_of(
+    run:str, # last, the name of a run, a run folder or a checkpoint
+    runs:str|Path='runs', # the folder of the runs
+    best:bool=False, # the checkpoint with the lowest validation loss, instead of the newest
+    say:Callable[[str], None]=lambda line: None, # told what is passed over
+)->Path:
+    "The checkpoint that a name means. Raises `CheckpointError` or `LlmlabError` where there is none."
+    path = Path(run) if (Path(run)/'meta.json').exists() or Path(run).name.startswith('step-') else find_run(run, runs)
+    return find_checkpoint(path, 'best' if best else 'latest', say)
 
 # %% ../../nbs/4_trainer/05_runs.ipynb #7c735fdf
 def flat(
