@@ -6,11 +6,10 @@
 __all__ = ['LEAKS', 'exact_match', 'token_f1', 'common_length', 'rouge_l', 'chrf_rows', 'chrf', 'has_run', 'longest_repeat',
            'loops', 'form', 'Interval', 'bootstrap', 'sign_test']
 
-# %% ../../nbs/5_eval/066_answers.ipynb #e9b85fb8
+# %% ../../nbs/5_eval/066_answers.ipynb #946e73cd
 import functools, math, re, unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import NamedTuple
 import numpy as np
 from .verifiers import words_of
@@ -126,7 +125,7 @@ def form(
     found = dict(stopped=stopped) | wrong | ({} if pattern is None else dict(matches=bool(re.fullmatch(pattern, answer.strip(), re.S))))
     return found | dict(format_ok=stopped and not any(wrong.values()) and found.get('matches', True))
 
-# %% ../../nbs/5_eval/066_answers.ipynb #029fe360
+# %% ../../nbs/5_eval/066_answers.ipynb #dab74dff
 class Interval(NamedTuple):
     "A ratio of sums over rows, and what it could as well have been."
     value:float
@@ -155,7 +154,7 @@ def sign_test(
     differences:Sequence[float], # [R] of each row
 )->dict[str, float|int]: # above, below: rows; p: of a split as uneven as this if both sides were equally likely
     "Exact sign test, two-sided; rows without a difference do not count."
-    above, below = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    n, least = above+below, min(above, below)
-    tail = Fraction(sum(math.comb(n, i) for i in range(least+1)), 1 << n)
-    return dict(above=above, below=below, p=float(min(2*tail, 1)))
+    above, below = int(sum(d > 0 for d in differences)), int(sum(d < 0 for d in differences))
+    n, log = above+below, math.lgamma
+    tail = math.fsum(math.exp(log(n+1)-log(i+1)-log(n-i+1)-n*math.log(2)) for i in range(min(above, below)+1))
+    return dict(above=above, below=below, p=min(2*tail, 1.))
