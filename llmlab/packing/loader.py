@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['WINDOW_TOKENS', 'Batch', 'Window', 'as_window', 'Drawn', 'draw_rows', 'assemble', 'join_batches', 'load_window',
-           'Reader', 'Ahead', 'fill', 'Transport', 'check_same', 'check_state', 'first_chunks', 'history_now',
-           'grown_since', 'window_chunks', 'Loader', 'in_order']
+           'Reader', 'RowReader', 'reader_of', 'Ahead', 'fill', 'Transport', 'check_same', 'check_state',
+           'first_chunks', 'history_now', 'grown_since', 'window_chunks', 'Loader', 'in_order']
 
-# %% ../../nbs/2_packing/02_loader.ipynb #32760218
+# %% ../../nbs/2_packing/02_loader.ipynb #5707c6c7
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 import numpy as np, torch
 from torch import Tensor
 from ..files import CacheError
@@ -19,7 +20,7 @@ from .cache import Cache
 from .order import Order
 from .packer import Packed
 
-# %% ../../nbs/2_packing/02_loader.ipynb #5fe07d7a
+# %% ../../nbs/2_packing/02_loader.ipynb #f8988b0b
 @dataclass
 class Batch:
     "Rows to learn from. `num_targets` is counted from the weights where it is not given."
@@ -31,6 +32,7 @@ class Batch:
     one_document:bool=False   # every row holds a single document (padding may follow it)
     num_targets:int|None=None # targets that count
     place:int|None=None       # rows that all ranks were given before its first: where it stands in the run; None: nowhere
+    extras:dict[str,Tensor]|None=None # further tensors for the network, by name: pixel_values, ...
 
     def __post_init__(self):
         if self.num_targets is None: self.num_targets = int(self.weights.sum())
@@ -38,11 +40,13 @@ class Batch:
     @property
     def tensors(self)->tuple[Tensor,...]:
         "What a network needs, and what goes to its device."
-        return self.tokens, self.targets, self.weights, self.document
+        return self.tokens, self.targets, self.weights, self.document, *(self.extras or {}).values()
 
     def with_tensors(self, tensors:Iterable[Tensor])->'Batch':
         "The same batch with its tensors somewhere else."
-        return Batch(*tensors, self.rows, self.one_document, self.num_targets, self.place)
+        tokens, targets, weights, document, *more = tensors
+        extras = self.extras and dict(zip(self.extras, more, strict=True))
+        return Batch(tokens, targets, weights, document, self.rows, self.one_document, self.num_targets, self.place, extras)
 
     def to(self, device:str|torch.device, non_blocking:bool=False)->'Batch': return self.with_tensors(t.to(device, non_blocking=non_blocking) for t in self.tensors)
 
@@ -123,12 +127,13 @@ def assemble(
     "The batch of some rows of a window."
     return draw_rows(window, index).batch(0, len(index))
 
-# %% ../../nbs/2_packing/02_loader.ipynb #7094091d
+# %% ../../nbs/2_packing/02_loader.ipynb #2e5eab53
 def join_batches(parts:list[Batch])->Batch:
     "One batch of several, row after row."
     if len(parts) == 1: return parts[0]
     return Batch(*(torch.cat([getattr(p, k) for p in parts]) for k in ('tokens', 'targets', 'weights', 'document', 'rows')),
-        one_document=all(p.one_document for p in parts), num_targets=sum(p.num_targets for p in parts))
+        one_document=all(p.one_document for p in parts), num_targets=sum(p.num_targets for p in parts),
+        extras=parts[0].extras and {k: torch.cat([p.extras[k] for p in parts]) for k in parts[0].extras})
 
 def load_window(
     cache:Cache,            # where the rows are
@@ -202,6 +207,23 @@ class Reader:
         if self._pool: self._pool.shutdown(cancel_futures=True)
         self._pool, self._next = None, None
 
+# %% ../../nbs/2_packing/02_loader.ipynb #b337648b
+class RowReader(Protocol):
+    "Gives the rows of a source, by their positions in an order."
+    def batch(self, start:int, count:int, place:int|None=None)->Batch:
+        "The rows at positions start .. start+count-1."
+    def close(self)->None:
+        "End what runs in the background."
+
+def reader_of(
+    source:Cache,     # a cache, or what stands in its place: with `reader(order, threads, ahead)`, where it reads itself
+    order:Order,      # in which the rows come
+    threads:int=1,    # that decode
+    ahead:bool=False, # decode the next window in the background
+)->RowReader:
+    "The reader that a source brings, or the usual one."
+    return source.reader(order, threads, ahead) if hasattr(source, 'reader') else Reader(source, order, threads, ahead)
+
 # %% ../../nbs/2_packing/02_loader.ipynb #5ad9480e
 class Ahead:
     "`make(position)` for one position after the other, some of them prepared in a background thread."
@@ -229,16 +251,18 @@ class Ahead:
         if self._pool: self._pool.shutdown(cancel_futures=True)
         self._pool, self._queue = None, deque()
 
-# %% ../../nbs/2_packing/02_loader.ipynb #01410717
+# %% ../../nbs/2_packing/02_loader.ipynb #f092eeb3
 def fill(
     buffer:Batch|None, # memory; None or of another shape: new memory is made
     batch:Batch,       # what to write into it
     pinned:bool=True,  # memory that a GPU can fetch from
 )->Batch: # the batch, in the buffer
     "Copy a batch into a buffer."
-    if buffer is None or buffer.tokens.shape != batch.tokens.shape: buffer = batch.with_tensors(torch.empty_like(t, pin_memory=pinned) for t in batch.tensors)
+    if buffer is None or _shapes(buffer) != _shapes(batch): buffer = batch.with_tensors(torch.empty_like(t, pin_memory=pinned) for t in batch.tensors)
     for there, here in zip(buffer.tensors, batch.tensors): there.copy_(here)
     return batch.with_tensors(buffer.tensors)
+
+def _shapes(batch:Batch)->list: return [(t.shape, t.dtype) for t in batch.tensors]
 
 class Transport:
     "Batches to a device: `send` in a background thread, `receive` where they are used."
@@ -334,11 +358,11 @@ def window_chunks(
     "How many of its chunks are shuffled together, where nobody says otherwise: as many as `WINDOW_TOKENS` make."
     return max(1, WINDOW_TOKENS//(cache.meta['params']['chunk_rows']*(cache.seq_len+1)))
 
-# %% ../../nbs/2_packing/02_loader.ipynb #a72e3332
+# %% ../../nbs/2_packing/02_loader.ipynb #5de9b3f9
 class Loader:
     "Endless batches of one rank. `position` counts the rows that all ranks were given so far."
     def __init__(self,
-        cache:Cache,          # the rows
+        cache:Cache,          # the rows, or what stands in the place of a cache (`reader_of`)
         batch_rows:int,       # rows in a micro-batch of this rank
         *,
         seed:int,             # of the order
@@ -362,7 +386,7 @@ class Loader:
         self.position, self.window = position, window
         self.order = Order(np.diff(self.cache.offsets[:history[-1][1]+1]), self.seed, window, self.shuffle, history)
         self.rows_per_epoch = max(1, int(self.order.eras[-1].rows*self.fraction)) # as the cache is now
-        self._reader = Reader(self.cache, self.order, max(1, self.workers), ahead=self.workers > 0)
+        self._reader = reader_of(self.cache, self.order, max(1, self.workers), self.workers > 0)
 
     def _make(self, position:int)->tuple: # batch, arrival
         place = position + self.rank*self.batch_rows
@@ -395,7 +419,7 @@ class Loader:
         self._ahead.close()
         self._reader.close()
 
-# %% ../../nbs/2_packing/02_loader.ipynb #33f81373
+# %% ../../nbs/2_packing/02_loader.ipynb #6017db70
 def in_order(
     cache:Cache,           # the rows
     batch_rows:int,        # rows in a batch
@@ -403,6 +427,6 @@ def in_order(
     device:str|torch.device='cpu', # where the batches go
 )->Iterator[Batch]:
     "The rows of a cache once, as they lie in it; the last batch may be short. Raises `DamagedChunk`."
-    reader = Reader(cache, Order(np.diff(cache.offsets), seed=0, window=1, shuffle=False))
+    reader = reader_of(cache, Order(np.diff(cache.offsets), seed=0, window=1, shuffle=False))
     num_rows = cache.num_rows if limit is None else min(limit, cache.num_rows)
     for start in range(0, num_rows, batch_rows): yield reader.batch(start, min(batch_rows, num_rows-start)).to(device)
