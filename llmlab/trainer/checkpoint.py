@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'KEYS', 'TENSORS', 'own_network', 'save_checkpoint', 'check
            'list_checkpoints', 'latest', 'best', 'find_checkpoint', 'load_checkpoint', 'prune', 'rewind', 'TrainState',
            'Stateful', 'capture', 'averaged_weights', 'load_weights', 'restore', 'start_from', 'checkpointer']
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #738f3125
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #24650a20
 import contextlib, os, pickle, re, shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from ..files import CheckpointError, hash_file, hash_json, read_json, sweep, whole_folder, write_json
+from ..models.lora import own_weights, same_base
 
 # %% ../../nbs/4_trainer/02_checkpoint.ipynb #126a0318
 def _tie(
@@ -261,7 +262,7 @@ class Stateful(Protocol):
     def state_dict(self)->dict: ...
     def load_state_dict(self, state:dict)->None: ...
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #5793066b
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #37c91ce9
 def capture(
     state:TrainState, # the counters
     *,
@@ -278,13 +279,15 @@ def capture(
     **more, # anything else that JSON can hold: tracker ids, the length of the run
 )->dict: # for `save_checkpoint`
     "Gather everything that an exact resume needs. Tensors are not copied: save them before the next step."
+    network = own_network(network)
+    if getattr(network, 'adapter', None): more['adapter'] = network.adapter
     return dict(global_step=state.global_step, best_val_loss=state.best_val_loss, val_loss=state.val_loss, train_state=asdict(state),
-        model_state_dict=own_network(network).state_dict(), optimizer_state_dict=optimizer.state_dict(),
+        model_state_dict=own_weights(network), optimizer_state_dict=optimizer.state_dict(),
         scaler_state_dict=scaler.state_dict() if scaler else {}, scheduler_state_dict={'last_step': state.global_step},
         generator_states=_generator_states(generators or {}, _device(network)), loader_state=loader.state_dict() if loader else {}, ema_state_dict=ema.state_dict() if ema else None,
         model_config=model_config or {}, train_config=train_config or {}, architecture=architecture, cache_info=cache_info or {}, **more)
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #ae34b339
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #8d7d47ba
 def averaged_weights(
     checkpoint:dict, # from `load_checkpoint`
 )->dict[str, Tensor]: # with all the names of `model_state_dict`
@@ -302,13 +305,33 @@ def _put(network:nn.Module, weights:dict[str, Tensor])->None:
         lines = [line.strip() for line in str(e).splitlines()[1:]]
         raise CheckpointError(f"the weights do not fit this model: {' '.join(lines)[:400]} Use the model settings that they were trained with.") from e
 
+@torch.no_grad()
+def _put_adapters(network:nn.Module, weights:dict[str, Tensor])->None:
+    learn = {name: p for name, p in network.named_parameters(remove_duplicate=False) if p.requires_grad}
+    there, here = ({name: tuple(t.shape) for name, t in d.items()} for d in (weights, learn))
+    if differ := sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k)):
+        raise CheckpointError(f"the adapters do not fit this model: {', '.join(differ[:5])} differ. Use the settings that they were trained with.")
+    for name, p in learn.items(): p.copy_(weights[name])
+
+def _whole(checkpoint:dict)->None:
+    "Raise `CheckpointError` if a checkpoint holds adapters alone."
+    if a := checkpoint.get('adapter'):
+        raise CheckpointError(f"step {checkpoint['global_step']:,} holds adapters alone ({a['method']}, rank {a['r']}); the rest of the network is its base, {a['base']['path'] or 'whose path was not noted'}. "
+                              '`open_model` puts the two together, and with merge=True into one network.')
+
 def load_weights(
     network:nn.Module, # takes the weights
     checkpoint:dict, # from `load_checkpoint`
     averaged:bool=False, # their moving average instead of the weights themselves
 )->None:
-    "Put a checkpoint's weights into a network of the same shape. Raises `CheckpointError` if names or shapes differ, or there is no average."
-    _put(network, averaged_weights(checkpoint) if averaged else checkpoint['model_state_dict'])
+    "Put a checkpoint's weights into a network of the same shape; adapters, into one that has its base. Raises `CheckpointError` if names, shapes or bases differ, or there is no average."
+    weights, network = averaged_weights(checkpoint) if averaged else checkpoint['model_state_dict'], own_network(network)
+    if not getattr(network, 'adapter', None):
+        _whole(checkpoint)
+        return _put(network, weights)
+    if not checkpoint.get('adapter'): raise CheckpointError('the checkpoint holds a whole network, and this one has adapters: load it first, and add them then.')
+    same_base(network, checkpoint['adapter'])
+    _put_adapters(network, weights)
 
 # %% ../../nbs/4_trainer/02_checkpoint.ipynb #eb7bf248
 def _same_ema(checkpoint:dict, ema:Stateful|None)->None:
@@ -340,13 +363,14 @@ def restore(
     _set_generators(checkpoint['generator_states'], generators or {}, _device(network))
     return TrainState(**checkpoint['train_state'])
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #a0510713
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #d7ae9b22
 def start_from(
     network:nn.Module, # takes the weights
     checkpoint:dict, # of another run, from `load_checkpoint`
     fresh:tuple[str, ...]=('extras.',), # names that begin so may be missing on either side
 )->list[str]: # names that the checkpoint does not have: they stayed as they were
-    "Begin with another run's weights, averaged if it has an average. Raises `CheckpointError` if anything but `fresh` differs."
+    "Begin with another run's weights, averaged if it has an average. Raises `CheckpointError` if anything but `fresh` differs, or it holds adapters alone."
+    _whole(checkpoint)
     weights = averaged_weights(checkpoint) if checkpoint.get('ema_state_dict') else checkpoint['model_state_dict']
     here = own_network(network).state_dict()
     stayed = [name for name in here if name.startswith(fresh) and name not in weights]
