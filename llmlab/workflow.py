@@ -122,7 +122,7 @@ class Comparison:
         "The arms side by side."
         return '\n'.join([f'| | {" | ".join(self.results)} |', '|---|'+'---:|'*len(self.results), *(f'| {" | ".join(line)} |' for line in self.lines())])
 
-# %% ../nbs/81_workflow.ipynb #79d6a397
+# %% ../nbs/81_workflow.ipynb #c219910e
 def plot_comparison(
     c:Comparison,
 )->bytes: # a PNG file
@@ -137,12 +137,12 @@ def plot_comparison(
         training.plot(*zip(*curve) if curve else ((), ()), color=colour, marker='o', ms=3, label=name)
         for arm, style in (('on', '-'), ('off', '--')):
             buckets = [b for b in r['longcontext']['places']['position'] if arm in b]
-            by_place.plot([(b['start']+b['stop'])/2 for b in buckets], [b[arm] for b in buckets], style, color=colour)
+            by_place.plot([(b['start']+b['stop'])/2 for b in buckets], [b[arm] for b in buckets], style, color=colour, label=f'{name}, memory off' if arm == 'off' and buckets else None)
             cells = _grid(r)[0].arms.get(arm, ())
             lengths = sorted({x.length for x in cells})
             keys.plot(lengths, [statistics.mean(x.accuracy for x in cells if x.length == n) for n in lengths], style, color=colour, marker='o', ms=3)
     training.set(xlabel='step', ylabel='validation loss'); by_place.set(xlabel='place in the document', ylabel='loss'); keys.set(xlabel='length of the text, tokens', ylabel='needles found', ylim=(-.03, 1.03))
-    training.legend()
+    training.legend(); by_place.legend() if any('off' in b for r in c.results.values() for b in r['longcontext']['places']['position']) else None
     png = io.BytesIO()
     fig.savefig(png, format='png', metadata={'Software': None})
     return png.getvalue()

@@ -102,8 +102,9 @@ def test_the_logs_say_what_the_memory_does():
     from llmlab.trainer.tracking import read_metrics
     r = pretrain(tiny.config(*small, 'run.name=m'), **quiet)
     curves = read_metrics(r.folder)
-    names = {f'ar/{k}_{i:02}' for i in range(2) for k in ('gate', 'gate_min', 'gate_max', 'read', 'state', 'denominator')} | {'ar/memory_gain'}
+    names = {f'ar/{k}_{i:02}' for i in range(2) for k in ('gate', 'gate_min', 'gate_max', 'read', 'state', 'denominator')} | {'ar/memory_gain'} | {f'ar/gate_{i:02}_{h:02}' for i in range(2) for h in range(4)}
     assert names <= set(curves) and all(0 <= curves[f'ar/gate_{i:02}'][-1][1] <= 1 and curves[f'ar/read_{i:02}'][-1][1] > 0 for i in range(2))
+    assert (r.folder/'plots'/'gates.png').stat().st_size > 5000
     assert not {k for k in read_metrics(pretrain(tiny.config('run.name=full', 'trainer.max_steps=10', 'trainer.eval_interval=10'), **quiet).folder) if k.startswith('ar/')}
 
 # --- the flags of the old guide

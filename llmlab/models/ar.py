@@ -94,14 +94,14 @@ class Reader:
             if not self.done[i] and len(row)-self.starts[i] > self.limit: self.starts[i] = len(row)-max(1, self.limit//2)
         return self.read()
 
-# %% ../../nbs/3_models/05_ar.ipynb #c9fb648f
+# %% ../../nbs/3_models/05_ar.ipynb #101621e1
 @torch.no_grad()
 def probe_memory(
     objective:'AR',
     network:Transformer, # with or without memories
     batch:Batch, # rows to look at
 )->dict[str, tuple[Tensor, Tensor|int]]: # name -> sum, count; empty: no memory
-    "memory_gain; gate, gate_min, gate_max, read, state, denominator of each layer."
+    "memory_gain; gate, gate_min, gate_max, read, state, denominator of each layer, and the gate of each head (gate_00_03: layer 0, head 3)."
     memories = {i: b.attention.memory for i, b in enumerate(network.blocks) if isinstance(b.attention.memory, Memory)}
     if not memories: return {}
     for m in memories.values(): m.watch = True
@@ -114,6 +114,7 @@ def probe_memory(
         s = m.stats
         found = dict(gate=s['gate'].mean(), gate_min=s['gate'].min(), gate_max=s['gate'].max(), read=s['read'].mean(), state=s['state'].mean(), denominator=s['denominator'])
         out |= {f'{k}_{i:02}': (v, 1) for k, v in found.items() if v.isfinite()} # (a batch of short documents reads nothing)
+        out |= {f'gate_{i:02}_{h:02}': (v, 1) for h, v in enumerate(s['gate'].flatten())}
     return out
 
 # %% ../../nbs/3_models/05_ar.ipynb #4a063248
