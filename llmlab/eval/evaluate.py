@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROBED', 'looking', 'Scores', 'score', 'evaluate', 'text_rows', 'batches_of', 'read_texts', 'evaluate_text',
-           'OpenModel', 'open_model', 'samples', 'generation_speed']
+           'OpenModel', 'load_whole', 'open_model', 'samples', 'generation_speed']
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #8918d577
+# %% ../../nbs/5_eval/01_evaluate.ipynb #e11e9f5c
 import contextlib, statistics, time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,12 +19,13 @@ from ..data.corpora import open_corpus
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from .metrics import bits_per_byte, mean, perplexity, standard_error
 from ..files import CheckpointError, ConfigError, DataError, LlmlabError
+from ..models.lora import lora_again, merge_lora
 from ..models.objective import Objective
 from ..models.transformer import Shape, build
 from ..models.zoo import OBJECTIVES, add_extras, make_objective
 from ..packing.loader import Batch, as_window, assemble
 from ..packing.packer import Packed, framed, pack
-from ..trainer.checkpoint import load_checkpoint, load_weights
+from ..trainer.checkpoint import find_checkpoint, load_checkpoint, load_weights, start_from
 from ..trainer.machine import Machine
 
 # %% ../../nbs/5_eval/01_evaluate.ipynb #627d80df
@@ -155,32 +156,77 @@ def evaluate_text(
     pieces = np.bincount(packed.document)
     return metrics | {'documents': len(pieces), 'documents_cut': int((pieces > 1).sum()), 'unknown_tokens': int((packed.tokens == tokenizer.unk_id).sum())}
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #56a2fb29
+# %% ../../nbs/5_eval/01_evaluate.ipynb #0c0a5879
 class OpenModel(NamedTuple):
     "A checkpoint, ready to score and to write."
     network:nn.Module    # in evaluation mode
     objective:Objective  # of its family
     tokenizer:Tokenizer
-    info:dict            # path, global_step, architecture, model_config, train_config, cache_info, val_loss, best_val_loss
+    info:dict            # path, global_step, architecture, model_config, train_config, cache_info, val_loss, best_val_loss, adapter
+
+# %% ../../nbs/5_eval/01_evaluate.ipynb #1b05e9c6
+def _find_base(
+    checkpoint:Path, # with adapters
+    adapter:dict, # its record
+    base:str|Path|None, # where somebody says that it is
+)->Path: # its checkpoint
+    "Where the base is: where it was, or in the same place beside a run that was moved. Raises `CheckpointError`."
+    noted = adapter['base']['path']
+    places = [Path(base)] if base is not None else [] if noted is None else [Path(noted), (checkpoint/'../../..').resolve()/Path(*Path(noted).parts[-3:])]
+    for place in places:
+        if place.is_dir(): return find_checkpoint(place)
+    raise CheckpointError(f"{checkpoint} holds adapters alone ({adapter['method']}, rank {adapter['r']}), and their base is not there: {places[0] if places else 'its path was not noted'}. "
+                          'Put it back there, or say where it is now (`base`).')
+
+def load_whole(
+    checkpoint:str|Path, # the checkpoint's folder
+    base:str|Path|None=None, # where the base of adapters is now; None: where it was
+)->dict: # what `load_checkpoint` gives without the training state, for `start_from`
+    "A checkpoint's weights for another network: adapters are merged into their base, an average is taken where there is one. Raises `CheckpointError`."
+    state = load_checkpoint(checkpoint, training=False)
+    if not state.get('adapter'): return state
+    merged = open_model(checkpoint, base=base, merge=True).network.state_dict()
+    return {k: v for k, v in state.items() if k != 'adapter'} | {'model_state_dict': merged, 'ema_state_dict': None}
+
+# %% ../../nbs/5_eval/01_evaluate.ipynb #01b9c78d
+def _network(state:dict, path:Path, objective:Objective, backend:str, base:str|Path|None)->nn.Module: # with the base's weights, if its own are adapters
+    adapter, config = state.get('adapter'), state['model_config']
+    if config.get('kind') == 'hf':
+        from llmlab.models.pretrained import build_pretrained
+        return build_pretrained(config, adapter, base)
+    network = add_extras(build(Shape.from_dict(config), backend), objective, state['train_config'].get('run', {}).get('seed', 0))
+    if adapter:
+        start_from(network, load_whole(place := _find_base(path, adapter, base)))
+        lora_again(network, adapter, place)
+    return network
+
+def _merged(network:nn.Module)->nn.Module:
+    if network.adapter['kind'] == 'own': return merge_lora(network)
+    from llmlab.models.pretrained import merge_peft
+    return merge_peft(network)
 
 def open_model(
     checkpoint:str|Path, # the checkpoint's folder (`find_checkpoint` finds it)
     device:str|torch.device='cpu', # where the network goes
     backend:str='auto', # implementation of attention
+    base:str|Path|None=None, # where the base of adapters is now; None: where it was
+    merge:bool=False, # adapters become a part of the matrices
 )->OpenModel:
     "Network, objective and tokenizer of a checkpoint. Raises `CheckpointError`."
     state = load_checkpoint(checkpoint, training=False)
     kind, path = state['architecture'], Path(checkpoint)
     if kind not in OBJECTIVES: raise CheckpointError(f'{path} holds a model of the family {kind!r}; this llmlab knows {", ".join(OBJECTIVES)}. Install a newer llmlab.')
     try:
-        network, tokenizer = build(Shape.from_dict(state['model_config']), backend), load_tokenizer(path)
-        settings = Model.model_validate(state['train_config'].get('model', {}) | {'architecture': kind})
+        settings, tokenizer = Model.model_validate(state['train_config'].get('model', {}) | {'architecture': kind}), load_tokenizer(path)
         objective = make_objective(settings, tokenizer.special)
+        network = _network(state, path, objective, backend, base)
     except (ConfigError, DataError, TypeError, KeyError, ValidationError) as e: raise CheckpointError(f'{path} does not describe a model that can be built: {e}') from e
-    if tokenizer.vocab_size != network.shape.vocab_size:
+    spare = network.shape.vocab_size-tokenizer.vocab_size # others' networks may have more rows than their tokenizer has tokens
+    if spare < 0 or spare and kind != 'hf':
         raise CheckpointError(f'{path} has a tokenizer of {tokenizer.vocab_size:,} tokens and a network for {network.shape.vocab_size:,}: they do not belong together.')
-    load_weights(add_extras(network, objective), state, averaged=state['ema_state_dict'] is not None)
-    keep = ('global_step', 'architecture', 'model_config', 'train_config', 'cache_info', 'val_loss', 'best_val_loss')
+    load_weights(network, state, averaged=state['ema_state_dict'] is not None)
+    if merge and state.get('adapter'): network = _merged(network)
+    keep = ('global_step', 'architecture', 'model_config', 'train_config', 'cache_info', 'val_loss', 'best_val_loss', 'adapter')
     return OpenModel(network.to(device).eval(), objective, tokenizer, {'path': str(path)} | {k: state.get(k) for k in keep})
 
 # %% ../../nbs/5_eval/01_evaluate.ipynb #21790821
