@@ -410,15 +410,16 @@ def _frame(description:dict, roles:tuple[str,...], opened:bool)->_Frame:
         tails.append(next((text[at:e] for b, e in spans if b <= begin and at <= e), None))
     return _Frame((*parts, text[at:]), tuple(tails))
 
-# %% ../../nbs/1_data/02_instructions.ipynb #0d1b8c5f
+# %% ../../nbs/1_data/02_instructions.ipynb #9ea9988f
 _advice = 'Set finetune.template=chat (or alpaca), or give the tokenizer a template with {% generation %} marks'
 
 def _tail(after:str, marked:str|None, specials:re.Pattern)->str:
     "The part of the frame after an answer that still belongs to it: up to its special token."
-    if marked is not None and not specials.search(marked): raise DataError(f'the chat template marks answers that end with {marked!r}, not with a special token: a model could not learn to stop. {_advice}.')
-    found = specials.search(after)
-    if marked is None and (not found or after[:found.start()].strip()): raise DataError(f'after an answer the chat template writes {after[:40]!r}, which does not begin with a special token: a model could not learn to stop. {_advice}.')
-    return after[:found.end()] if marked is None else marked
+    text = after if marked is None else marked
+    found = specials.search(text)
+    if found and not text[:found.start()].strip(): return text[:found.end()]
+    where = 'the chat template writes' if marked is None else 'the chat template marks as learned'
+    raise DataError(f'after an answer {where} {text[:40]!r}, which does not begin with a special token: a model could not learn to stop. {_advice}.')
 
 def _lead(whole:_Frame, opened:_Frame, j:int)->str:
     "The blanks that the template writes before answer `j` and that generation has to write itself. Raises DataError where the two do not fit."
