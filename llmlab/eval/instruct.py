@@ -25,7 +25,7 @@ from ..files import ConfigError, DataError, whole_file, whole_folder, write_json
 from ..packing.loader import Batch
 from ..trainer.machine import Machine
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #02f881ed
+# %% ../../nbs/5_eval/07_instruct.ipynb #1d7019ee
 @dataclass(frozen=True)
 class Asked:
     "A row in the ids of a model."
@@ -48,7 +48,8 @@ def ask(
 )->Asked:
     "The ids of a row. Raises `DataError` where prompt and training row differ, and where there is no answer."
     if not row.response.strip(): raise DataError(f'row {row.id} has no answer, so there is nothing to score.')
-    prompt, example = prompt_ids(row, template, tokenizer), encode_row(row, template, tokenizer, 'last')
+    scored = replace(row, turns=(*row.turns[:-1], replace(row.turns[-1], train=True))) # whether or not it is to be learned
+    prompt, example = prompt_ids(row, template, tokenizer), encode_row(scored, template, tokenizer, 'last')
     ids, counts = list(map(int, example.ids)), list(map(bool, example.targets))
     if ids[:len(prompt)] != list(prompt): raise DataError(f'row {row.id}: the prompt is not how its training row begins. The template {template.name} writes them differently.')
     blank = replace(row, turns=(Turn('user', ''), row.turns[-1]), input='')
@@ -182,15 +183,12 @@ def write_answers(
                 out[i] = model.tokenizer.decode(ids[:end]), end < max_new_tokens
     return out
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #e88eb8a2
+# %% ../../nbs/5_eval/07_instruct.ipynb #c7d119fd
 def marks_of(
-    row:Row, # any row
     template:Template, # whose marks to look for
 )->list[str]:
-    "What must not appear in an answer: marks of common templates, and the lines of this one."
-    blank = replace(row, turns=(Turn('user', ''), row.turns[-1]), input='')
-    lines = {line.strip() for s in template.prompt(blank) if not s.special for line in s.text.split('\n')}
-    return sorted({*LEAKS, *(line for line in lines if len(line) > 3)})
+    "What must not appear in an answer: marks of common templates, and of this one."
+    return sorted({*LEAKS, *template.description.get('markers', ())})
 
 def judge(
     rows:Sequence[Row], # what was asked
@@ -214,9 +212,11 @@ def copied(row:Row)->str:
 def commonest(
     answers:Sequence[str], # of training rows, or of those that are asked
 )->tuple[str, int]: # the answer; how often it is there
-    "The answer that is there most often; the shortest where several are."
+    "The answer that is there most often; where several are, the one of middle length."
     count = Counter(a.strip() for a in answers)
-    return min(count.items(), key=lambda c: (-c[1], len(c[0]), c[0]))
+    times = max(count.values())
+    most = sorted((a for a, n in count.items() if n == times), key=lambda a: (len(a), a))
+    return most[len(most)//2], times
 
 # %% ../../nbs/5_eval/07_instruct.ipynb #93b9e110
 RATIOS:dict[str, tuple[Callable[[dict], float|None], Callable[[dict], float]]] = { # name -> of a row: number (None: it has none) and weight
@@ -256,7 +256,7 @@ def differences(
         out[name] = dict(difference=value, low=low, high=high, **sign_test(d))
     return out
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #5e53d9e7
+# %% ../../nbs/5_eval/07_instruct.ipynb #c0d8a6f5
 PARTS = ('ranking', 'writing', 'chrf') # what can be left out
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ def measure(
     if plan.does('writing'):
         say(f'{name}: writes {len(asked)} answers of at most {plan.max_new_tokens} tokens')
         wrote = write_answers(model, asked, plan.template, max_new_tokens=plan.max_new_tokens, batch_rows=plan.batch_rows, seed=plan.seed, machine=plan.machine)
-        judged = judge(rows, wrote, marks_of(rows[0], plan.template), [plan.checks[a.number] for a in asked], plan.does('chrf'), plan.pattern)
+        judged = judge(rows, wrote, marks_of(plan.template), [plan.checks[a.number] for a in asked], plan.does('chrf'), plan.pattern)
         found = [f | dict(output=t) | j for f, (t, _), j in zip(found, wrote, judged)]
     return found, *summary(rows, found, None if wrote is None else [t for t, _ in wrote], plan)
 
@@ -398,7 +398,7 @@ def _record(row:Row, found:dict, base:dict|None)->dict:
     before = {} if base is None else dict(base={k: base[k] for k in ('output', 'chrf', 'token_f1', 'rank', 'format_ok') if k in base} | dict(nll=base['nats']/base['targets']))
     return dict(id=row.id, instruction=row.instruction, input=row.input, reference=row.response) | ({'output': found['output'], 'stop': 'end' if found['stopped'] else 'length'} if 'output' in found else {}) | own | before
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #1df2eb13
+# %% ../../nbs/5_eval/07_instruct.ipynb #7a803d50
 SHOWN = {'nll': ('answer, nats per token', '.3f'), 'bits_per_byte': ('answer, bits per byte', '.3f'), 'gain': ('gain from the instruction, nats per token', '+.3f'),
     'gain_swapped': ('gain over another instruction', '+.3f'), 'rank_accuracy': ('right answer chosen of k', '.3f'), 'rank_blind': ('the same, blind', '.3f'), 'chrf': ('chrF', '.1f'), 'chrf_rows': ('chrF, mean of rows', '.1f'),
     'rouge_l': ('ROUGE-L', '.3f'), 'token_f1': ('token F1', '.3f'), 'exact_match': ('exact match', '.3f'), 'format_ok': ('well formed', '.3f'), 'stopped': ('ended by itself', '.3f'), 'leaks': ('template leaks', '.3f'),
@@ -409,13 +409,15 @@ def instruct_lines(
     result:dict, # of `instruct`
 )->tuple[list[str], list[list[str]]]: # head; lines
     "The numbers as text, with their intervals, beside those of the base and the baselines."
-    columns = {'this model': result} | ({'before tuning': result['base']} if 'base' in result else {}) | {{'copy_prompt': 'copies the instruction', 'commonest': 'always the commonest answer'}[n]: b for n, b in result.get('baselines', {}).items()}
+    changed = {f'instruct/{k}': v for k, v in result.get('against_base', {}).items()}
+    columns = {'this model': result} | ({'before tuning': result['base'], 'change': {k: v['difference'] for k, v in changed.items()}} if 'base' in result else {}) | {{'copy_prompt': 'copies the instruction', 'commonest': 'always the commonest answer'}[n]: b for n, b in result.get('baselines', {}).items()}
     if 'instruct/rank_chance' in result: columns['chance'] = {'instruct/rank_accuracy': result['instruct/rank_chance']}
     lines = []
     for name, (title, form) in SHOWN.items():
         key = f'instruct/{name}'
         cells = [format(c[key], form) if key in c else '' for c in columns.values()]
         if key in result['intervals']: cells[0] += ' [{}, {}]'.format(*(format(x, form) for x in result['intervals'][key]))
+        if cells[2:] and key in changed: cells[2] = '{} [{}, {}]'.format(*(format(changed[key][k], '+'+form.removeprefix('+')) for k in ('difference', 'low', 'high')))
         if any(cells): lines.append([title.replace(' k', f' {result["settings"]["k"]}') if name == 'rank_accuracy' else title, *cells])
     return ['', *columns], lines
 
@@ -433,14 +435,14 @@ def shown_rows(
     drawn = sorted(np.random.default_rng(result['settings']['seed']).choice(len(middle), number-best-worst, replace=False).tolist())
     return [*(('best', rows[i]) for i in order[:best]), *(('random', rows[middle[d]]) for d in drawn), *(('worst', rows[i]) for i in order[len(order)-worst:])]
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #f0bb199c
+# %% ../../nbs/5_eval/07_instruct.ipynb #1c6a8e48
 def _cell(text:str, most:int=300)->str:
     "Text in one cell of Markdown or HTML: as it is, one line, not too long."
     short = text if len(text) <= most else text[:most-1]+'…'
-    return html.escape(short, quote=False).replace('|', '&#124;').replace('\r', '').replace('\n', '<br>').replace('*', '&#42;').replace('_', '&#95;').replace('`', '&#96;').replace('[', '&#91;')
+    return html.escape(short, quote=False).replace('|', '&#124;').replace('\r', '').replace('\n', '<br>').replace('*', '&#42;').replace('_', '&#95;').replace('`', '&#96;').replace('](', ']&#40;')
 
 def _tables(result:dict)->list[tuple[str, list[str], list[list[str]]]]: # title, head, lines
-    scores = lambda r: ' '.join([f'{k} {r[k]:.{d}f}' for k, d in (('nll', 2), ('chrf', 0), ('token_f1', 2), ('rank', 2)) if r.get(k) is not None]+[k for k in ('leaks', 'empty', 'echoes', 'loops') if r.get(k)]+['cut']*(r.get('stop') == 'length'))
+    scores = lambda r: ', '.join([f'{k.replace("token_f1", "F1")} {r[k]:.{d}f}' for k, d in (('nll', 2), ('chrf', 0), ('token_f1', 2), ('rank', 1)) if r.get(k) is not None]+[k for k in ('leaks', 'empty', 'echoes', 'loops') if r.get(k)]+['cut']*(r.get('stop') == 'length'))
     rows = [[kind, r['id'], '\n'.join(filter(None, (r['instruction'], r['input']))), r['reference'], r.get('output', ''), scores(r)] for kind, r in shown_rows(result)]
     return [('Following instructions', *instruct_lines(result)), ('Rows', ['', 'row', 'instruction', 'reference', 'answer', 'scores'], rows)]
 
