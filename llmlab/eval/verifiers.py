@@ -24,9 +24,10 @@ def words_of(
     "The words of a text."
     return _word.findall(unicodedata.normalize('NFKC', text).casefold())
 
-# %% ../../nbs/5_eval/065_verifiers.ipynb #fcdb1dde
+# %% ../../nbs/5_eval/065_verifiers.ipynb #e8730b03
 def _within(count:int, exactly:int|None, at_least:int|None, at_most:int|None)->bool:
-    if exactly is None and at_least is None and at_most is None: raise ConfigError('a check that counts needs a limit: exactly, at_least or at_most.')
+    limits = [x for x in (exactly, at_least, at_most) if x is not None]
+    if not limits or not all(type(x) is int for x in limits): raise ConfigError('a check that counts needs a limit, a whole number: exactly, at_least or at_most.')
     return (exactly is None or count == exactly) and (at_least is None or count >= at_least) and (at_most is None or count <= at_most)
 
 def verify_words(
@@ -57,9 +58,10 @@ def verify_bullets(
     "The answer has so many bullet points: lines that begin with `*`, `-`, `+`, `•`, or a number and a dot or bracket."
     return _within(len(re.findall(r'^\s*(?:[*\-+•]|\d+[.)])\s+\S', text, re.M)), exactly, at_least, at_most)
 
-# %% ../../nbs/5_eval/065_verifiers.ipynb #1271cf58
+# %% ../../nbs/5_eval/065_verifiers.ipynb #8653e8e1
 def _times(text:str, phrase:str)->int:
     "How often the words of a phrase follow each other in a text."
+    if not isinstance(phrase, str): raise ConfigError(f'{phrase!r} is not a word.')
     words, wanted = words_of(text), words_of(phrase)
     if not wanted: raise ConfigError(f'{phrase!r} has no word in it to look for.')
     return sum(words[i:i+len(wanted)] == wanted for i in range(len(words)-len(wanted)+1))
@@ -71,7 +73,7 @@ def verify_keywords(
 )->bool:
     "The answer has all of these words and none of those."
     if isinstance(present, str) or isinstance(absent, str) or not (present or absent): raise ConfigError('the check keywords needs a list of words: present, absent or both.')
-    return all(_times(text, p) for p in present) and not any(_times(text, a) for a in absent)
+    return all([_times(text, p) for p in present]) and not any([_times(text, a) for a in absent]) # (lists: a word that cannot be looked for is always said)
 
 def verify_frequency(
     text:str, # the answer
