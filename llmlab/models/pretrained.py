@@ -163,7 +163,7 @@ def leak(
         except TypeError: network._leak = float('inf') # it takes no places
     return network._leak
 
-# %% ../../nbs/3_models/074_pretrained.ipynb #213e4840
+# %% ../../nbs/3_models/074_pretrained.ipynb #5f3dea9f
 class HFCausal:
     "Next-token objective for a model of transformers."
     name, causal, is_bound, one_graph = 'hf', True, False, False
@@ -216,19 +216,9 @@ class HFCausal:
         "Go on with each prompt. A row that outgrows what the model reads goes on from its last half. Raises `ConfigError` for an empty prompt or senseless settings."
         check_dials(max_new_tokens, temperature, top_k, top_p, generator)
         if empty := [i for i, p in enumerate(prompts) if not len(p)]: raise ConfigError(f'prompt {empty[0]} has no tokens: begin it with the BOS token.')
-        new, limit, made, going = [[] for _ in prompts], network.context, 0, list(range(len(prompts)))
-        rows = [list(p)[-limit:] for p in prompts]
-        choose = None if temperature == 0 else lambda scores: draw(scores, temperature, top_k, top_p, generator)
-        with _resting(network):
-            while going and made < max_new_tokens:
-                rows = [r if len(r) <= limit else r[-max(1, limit//2):] for r in rows]
-                room = min(max_new_tokens-made, limit+1-max(len(rows[i]) for i in going))
-                for i, ids in zip(going, _write(network, [rows[i] for i in going], room, choose, stop_id)): new[i], rows[i] = new[i]+ids, rows[i]+ids
-                made += room
-                going = [i for i in going if len(new[i]) == made]
-        return new
+        with _resting(network): return _go_on(network, prompts, max_new_tokens, None if temperature == 0 else lambda scores: draw(scores, temperature, top_k, top_p, generator), stop_id)
 
-# %% ../../nbs/3_models/074_pretrained.ipynb #e9a11128
+# %% ../../nbs/3_models/074_pretrained.ipynb #7e493c02
 def _several(batch:Batch)->bool:
     "Is there a row of several documents? (Looks at the device once for each batch that may have one.)"
     return bool((batch.document > 0).any())
@@ -257,6 +247,17 @@ def _write(
     finally: model.generation_config = theirs
     new = out[:, longest:].tolist()
     return [ids[:ids.index(stop_id)] if stop_id in ids else ids for ids in new]
+
+def _go_on(network:Pretrained, prompts:list[list[int]], count:int, choose:Callable[[Tensor], Tensor]|None, stop_id:int|None)->list[list[int]]:
+    new, limit, made, going = [[] for _ in prompts], network.context, 0, list(range(len(prompts)))
+    rows = [list(p)[-limit:] for p in prompts]
+    while going and made < count:
+        rows = [r if len(r) <= limit else r[-max(1, limit//2):] for r in rows]
+        room = min(count-made, limit+1-max(len(rows[i]) for i in going))
+        for i, ids in zip(going, _write(network, [rows[i] for i in going], room, choose, stop_id)): new[i], rows[i] = new[i]+ids, rows[i]+ids
+        made += room
+        going = [i for i in going if len(new[i]) == made]
+    return new
 
 # %% ../../nbs/3_models/074_pretrained.ipynb #56816f0c
 BACKENDS = ('auto', 'eager', 'sdpa', 'flash_attention_2', 'flex_attention') # engines of attention in transformers
