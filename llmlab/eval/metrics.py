@@ -58,7 +58,7 @@ def standard_error(
     apart = nats - counts*mean(nats.sum(), counts.sum())
     return float(math.sqrt((apart**2).sum()*len(nats)/(len(nats)-1))/counts.sum())
 
-# %% ../../nbs/5_eval/00_metrics.ipynb #a5f53996
+# %% ../../nbs/5_eval/00_metrics.ipynb #2455f030
 def pairs(
     packed:Packed, # rows and their spans
     rows:int|None=None, # only the first so many rows
@@ -73,6 +73,7 @@ def pairs(
     full = np.bincount(row, length, len(tokens))
     counts = np.arange(tokens.shape[1]) < full[:, None]
     counts.reshape(-1)[first] = False
+    if hasattr(packed, 'mask'): counts &= packed.mask[:len(tokens)] > 0 # examples: only what is to be learned
     at, flat = np.flatnonzero(counts), tokens.reshape(-1)
     return flat[at-1], flat[at]
 

@@ -82,14 +82,15 @@ class _Room:
         p = torch.softmax(wide, -1, out=wide)
         return highest - p.amax(-1, keepdim=True).log() - at_target, right
 
-# %% ../../nbs/3_models/04_objective.ipynb #5e596e3e
+# %% ../../nbs/3_models/04_objective.ipynb #1d320b74
 class _HeadLoss(torch.autograd.Function):
     "Weighted sum of the losses, a piece at a time; its gradient is made on the way."
     @staticmethod
     def forward(ctx, h:Tensor, weight:Tensor, targets:Tensor, weights:Tensor, never:Tensor|None, rows:int, learn:bool):
         w, total = weight.to(h.dtype), torch.zeros((), dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         losses, rights = (torch.empty(len(h), dtype=total.dtype, device=h.device) for _ in range(2))
-        dh, dw = (torch.empty_like(h), torch.zeros(weight.shape, dtype=total.dtype, device=h.device)) if learn else (None, None)
+        head = learn and weight.requires_grad # a head that is frozen needs no gradient: a third of the work
+        dh, dw = torch.empty_like(h) if learn else None, torch.zeros(weight.shape, dtype=total.dtype, device=h.device) if head else None
         room = _Room(h, w, rows)
         for i in range(0, len(h), rows):
             hi, yi, wi = h[i:i+rows], targets[i:i+rows, None], weights[i:i+rows, None].to(total.dtype)
@@ -99,7 +100,7 @@ class _HeadLoss(torch.autograd.Function):
             if not learn: continue
             dp = room.narrow[:len(hi)].copy_(room.wide[:len(hi)].scatter_add_(1, yi, -torch.ones_like(loss)))
             dh[i:i+rows] = (dp@w)*wi
-            dw += dp.mT@(hi*wi).to(h.dtype)
+            if head: dw += dp.mT@(hi*wi).to(h.dtype)
         ctx.save_for_backward(dh, dw)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses, rights)
@@ -108,7 +109,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g:Tensor, *_):
         dh, dw = ctx.saved_tensors
-        return (dh*g).to(dh.dtype), (dw*g).to(ctx.dtype), None, None, None, None, None
+        return (dh*g).to(dh.dtype), None if dw is None else (dw*g).to(ctx.dtype), None, None, None, None, None
 
 # %% ../../nbs/3_models/04_objective.ipynb #3f7dd6f1
 def head_loss(

@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'OBJECTIVES', 'shape_of', 'make_objective', 'own_special', 'build_model', 'add_extras', 'to_llama',
            'from_llama']
 
-# %% ../../nbs/3_models/08_zoo.ipynb #87e223e0
+# %% ../../nbs/3_models/08_zoo.ipynb #9065044f
 from collections.abc import Callable
 import torch, torch.nn as nn
 from ..config import Config, Model
@@ -15,6 +15,7 @@ from ..data.tokenizer import SPECIALS
 from .ar import AR
 from .diffusion import Diffusion
 from .objective import Objective
+from .pretrained import HFCausal
 from .sdd import SDD
 from .swap import SwapSDD
 from .attention import choose_backend
@@ -56,8 +57,8 @@ def shape_of(
         num_kv_heads=model.num_kv_heads or (heads//group if heads % group == 0 else heads), d_ff=model.d_ff or _inner_width(model, size),
         **_segments(model), **{k: getattr(model, k) for k in ('norm', 'qk_norm', 'mlp', 'position', 'rope_theta', 'token_mix', 'tie_embeddings', 'isolate_documents')})
 
-# %% ../../nbs/3_models/08_zoo.ipynb #cfea01f4
-OBJECTIVES = {'ar': AR, 'diffusion': Diffusion, 'sdd': SDD}
+# %% ../../nbs/3_models/08_zoo.ipynb #c93fb45c
+OBJECTIVES = {'ar': AR, 'diffusion': Diffusion, 'sdd': SDD, 'hf': HFCausal}
 
 def make_objective(
     model:Model, # the section `model` of the config
@@ -67,6 +68,7 @@ def make_objective(
 )->Objective:
     "The objective of a config. Raises `ConfigError` where the tokenizer does not serve the family."
     if model.architecture == 'ar': return AR()
+    if model.architecture == 'hf': return HFCausal()
     if model.architecture == 'diffusion': return Diffusion(model.diffusion, special, seed)
     if model.sdd.process == 'swap': return SwapSDD(model.sdd, special, rows_per_step, seed)
     return SDD(model.sdd, model.diffusion, special, seed, rows_per_step)
@@ -84,6 +86,7 @@ def build_model(
     special:dict[str, int]|None=None, # ids of the tokenizer's special tokens; None: `own_special`
 )->tuple[Transformer, Objective]: # the network, and its objective
     "The network and the objective of a run. Raises `ConfigError`."
+    if cfg.model.architecture == 'hf': raise ConfigError('model.architecture=hf is a Hugging Face model, which is not trained from nothing here: fine-tune one with llmlab_finetune finetune.init=FOLDER.')
     shape = shape_of(cfg.model, vocab_size, cfg.packing.seq_len)
     choose_backend(cfg.model.backend, device, dtype, heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_size=shape.head_size, num_tokens=shape.seq_len if shape.attention == 'full' else shape.segment_len, say=say)
     network = build(shape, cfg.model.backend, cfg.run.seed, device)
@@ -114,12 +117,13 @@ def _llama_pairs(network:Transformer)->list[tuple[torch.Tensor, list[str]]]:
             pairs.append((block.get_parameter(ours), [f'model.layers.{i}.{name}' for name in theirs]))
     return pairs
 
-# %% ../../nbs/3_models/08_zoo.ipynb #154f1722
+# %% ../../nbs/3_models/08_zoo.ipynb #b8517aed
 def to_llama(
     network:Transformer, # rmsnorm, swiglu, rope; no qk_norm, no token_mix
 )->nn.Module: # a transformers.LlamaForCausalLM on the CPU, in the format of the weights
     "The same network as Hugging Face's Llama. Raises `ConfigError` where the two differ."
     from transformers import LlamaConfig, LlamaForCausalLM
+    if getattr(network, 'adapter', None): raise ConfigError('the network has adapters: merge them first (`merge_lora`), or take them along alone (`to_peft`).')
     s, wanted = network.shape, dict(attention='full', norm='rmsnorm', qk_norm=False, mlp='swiglu', position='rope', token_mix='none')
     if wrong := [f'{k} is {getattr(s, k)} (Llama: {v})' for k, v in wanted.items() if getattr(s, k) != v]:
         raise ConfigError(f'this model is not a Llama: {"; ".join(wrong)}. Train one with these settings to take it there.')

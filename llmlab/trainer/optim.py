@@ -16,7 +16,7 @@ from ..config import Optim, Trainer
 from ..files import CheckpointError, ConfigError
 from .machine import computes_bf16
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #80f4517a
+# %% ../../nbs/4_trainer/01_optim.ipynb #0a1f5e75
 def _own_settings(network:nn.Module)->dict[nn.Parameter, tuple[str, dict]]: # parameter -> name of its module, settings
     "Trainable parameters of modules with `own_optim`."
     out = {}
@@ -30,7 +30,7 @@ def _own_settings(network:nn.Module)->dict[nn.Parameter, tuple[str, dict]]: # pa
 
 def _is_hidden(network:nn.Module, name:str)->bool:
     owner, _, leaf = name.rpartition('.')
-    in_a_block = any(part.isdigit() for part in owner.split('.')) and not name.startswith('extras.')
+    in_a_block = any(part.isdigit() for part in owner.split('.')) and not name.startswith('extras.') and 'lora_' not in owner # (adapters are thin, and their product counts: AdamW's)
     return leaf == 'weight' and in_a_block and isinstance(network.get_submodule(owner), nn.Linear)
 
 def sort_parameters(
