@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 from llmlab.files import CheckpointError, hash_file, hash_json, read_json, write_json
+from llmlab.models.lora import frozen_weights, weights_hash
 from llmlab.trainer.checkpoint import (KEYS, TrainState, best, capture, check_files, checkpoint_name, checkpointer, find_checkpoint, is_complete, latest,
-                                       list_checkpoints, load_checkpoint, prune, restore, rewind, save_checkpoint)
+                                       list_checkpoints, load_checkpoint, load_weights, prune, restore, rewind, save_checkpoint)
 
 root = Path(__file__).resolve().parent.parent
 
@@ -206,3 +207,32 @@ def test_the_checkpointer_keeps_files_and_prunes(tmp_path):
     for step in (1, 2): path = save(TrainState(step))
     assert [p.name for p in list_checkpoints(tmp_path/'c')] == [checkpoint_name(2)]
     assert (path/'tokenizer.json').read_text() == '{"kind": "byte"}' and load_checkpoint(path)['cache_info'] == {'rows': 5}
+
+
+class Adapted(Tied):
+    "Not a network of ours: a frozen part in bytes, a buffer, and a trainable weight with two names."
+    def __init__(self, path='there', secret=3):
+        super().__init__()
+        nn.init.ones_(self.embed.weight)
+        self.requires_grad_(False)
+        self.packed = nn.Parameter(torch.full((4,), secret, dtype=torch.uint8), requires_grad=False)
+        self.a = nn.Linear(3, 2, bias=False)
+        self.again = nn.Linear(3, 2, bias=False)
+        self.again.weight = self.a.weight
+        self.adapter = {'kind': 'peft', 'method': 'qlora', 'r': 2, 'alpha': 4., 'dropout': 0., 'targets': 'a', 'modules': ['a'], 'train': [], 'seed': 0,
+                        'base': {'path': path, 'hash': weights_hash(frozen_weights(self))}}
+
+
+def test_any_network_with_adapters_saves_what_learns(tmp_path):
+    old, new = Adapted(), Adapted('elsewhere')
+    things = lambda network: dict(network=network, optimizer=torch.optim.AdamW([network.a.weight]))
+    path = save_checkpoint(tmp_path/'one', capture(TrainState(3), **things(old)))
+    assert list(load_file(path/'model.safetensors')) == ['a.weight'] # once; the frozen ones and the buffers lie with the base
+    loaded = load_checkpoint(path)
+    assert set(loaded['model_state_dict']) == {'a.weight', 'again.weight'} and loaded['adapter'] == old.adapter
+    restore(loaded, **things(new))
+    assert_close(new.a.weight, old.a.weight, rtol=0, atol=0)
+    assert new.again.weight is new.a.weight and not new.embed.weight.requires_grad
+    for network, words in ((Adapted(secret=4), 'another base'), (Tied(), 'holds adapters alone')):
+        with pytest.raises(CheckpointError, match=words): load_weights(network, loaded)
+    with pytest.raises(CheckpointError, match='whole network'): load_weights(Adapted(), load_checkpoint(write(tmp_path, 7)))

@@ -17,6 +17,7 @@ from llmlab.models.transformer import Shape, build
 from llmlab.models.zoo import build_model, from_llama, to_llama
 from llmlab.trainer.checkpoint import TrainState, capture, checkpointer, latest, load_checkpoint, load_weights, restore, save_checkpoint, start_from
 from llmlab.trainer.loop import Limit, accumulate, fit
+from llmlab.trainer.machine import Machine
 from llmlab.trainer.optim import Ema, build_optimizer
 from llmlab.trainer.tracking import Stopped
 
@@ -150,6 +151,25 @@ def test_refusals():
     with pytest.raises(ConfigError, match='gradient_checkpointing'): add_lora(network, dropout=.1)
     add_lora(network)
     with pytest.raises(ConfigError, match='adapters already'): add_lora(network)
+
+
+def test_recomputed_the_gradients_are_the_same():
+    grads = []
+    for family in ('ar', 'recomputed'):
+        _, network, objective = made(family)
+        add_lora(network, r=3)
+        accumulate(objective.loss, spoken(network).train(), [batches[0]], generator=gen())
+        grads.append({name: p.grad for name, p in network.named_parameters() if p.requires_grad})
+    assert_close(*grads, **exact)
+
+
+def test_bf16_products():
+    _, network, objective = made()
+    add_lora(network, r=3)
+    spoken(network).train()
+    sums = [accumulate(objective.loss, network, [batches[0]], Machine(dtype=dtype), generator=gen())[1].item() for dtype in (torch.float32, torch.bfloat16)]
+    assert abs(sums[1]/sums[0]-1) < .02 and sums[0] != sums[1]
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in network.parameters() if p.requires_grad)
 
 
 def test_dropout_only_in_training():
