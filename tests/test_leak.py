@@ -7,7 +7,7 @@ from llmlab.models.ar import AR
 from llmlab.models.attention import ENGINES, why_not
 from llmlab.models.diffusion import Diffusion, canvas_of
 from llmlab.models.sdd import SDD
-from llmlab.models.transformer import Shape, build
+from llmlab.models.transformer import Shape, build, positions_of
 from llmlab.models.zoo import add_extras, own_special
 from llmlab.packing.loader import in_order
 from llmlab.packing.rows import Rows
@@ -78,6 +78,17 @@ def test_segments_and_memories(attention, backend):
     with torch.no_grad(): assert probe(lambda b: network(b.tokens, document=b.document, one_document=b.one_document), packed()) > 3
 
 
+@pytest.mark.parametrize('name', ['ar', 'diffusion', 'mix', 'slots'])
+def test_the_probe_finds_a_leak(name):
+    "A network that does not stop at the edges, and a batch that does not know them."
+    network, objective = family(name, isolate_documents=False)
+    scores = (lambda b: network(b.tokens, document=b.document)) if name == 'ar' else (lambda b: readings(network, objective, b))
+    with torch.no_grad(), pytest.raises(AssertionError, match='not equal'): probe(scores, packed())
+    network, objective = family(name)
+    blind = lambda b: dataclasses.replace(b, document=b.document.clamp(max=0)) # all examples of a row are one document
+    with torch.no_grad(), pytest.raises(AssertionError, match='not equal'): probe(lambda b: scores(blind(b)), packed())
+
+
 @pytest.mark.parametrize('rule', ['linear', 'delta'])
 def test_every_rule_of_memory(rule):
     network, _ = family('ar', attention='infini', segment_len=4, memory_rule=rule, memory_decay=.9, window='xl')
@@ -93,7 +104,8 @@ def test_other_positions_and_mixing(position, token_mix):
 def readings(network, objective, batch):
     "The vectors that a family of diffusion makes of a batch, answers hidden by a fixed pattern, with the belief of a first look where it has one."
     canvas = canvas_of(batch)
-    hidden = canvas.hideable & (torch.arange(T+1) % 3 > 0)
+    place = torch.arange(T+1) if canvas.document is None else positions_of(canvas.document)
+    hidden = canvas.hideable & (place % 3 > 0)
     z = canvas.tokens.masked_fill(hidden, objective.mask_id)
     if objective.name == 'sdd':
         reader = objective.reader(network, canvas, belief='refine')
@@ -114,14 +126,19 @@ def test_families_that_look_both_ways(name, backend):
 def test_an_example_in_company_costs_what_it_costs_alone(name):
     "The loss of packed rows is that of the same examples in rows of their own, where nothing is drawn."
     network, objective = family(name)
-    if name == 'ar':
-        a, b = (objective.nll(network, packed(packing=p)).nats.sum() for p in ('isolated', 'none'))
-        assert_close(a, b, rtol=1e-5, atol=0)
-        return
-    together, alone = packed(), packed(packing='none')
-    vectors = [readings(network, objective, b)[b.document >= 0] for b in (together, alone)]
-    if name == 'block': return # (blocks are counted from the beginning of an example, the pattern of this probe from that of the row)
-    assert len(vectors[0]) == len(vectors[1])
+    def of_each(batch):
+        "What becomes of every example, by its tokens."
+        vectors = network(batch.tokens, document=batch.document) if name == 'ar' else readings(network, objective, batch)
+        out = {}
+        for row in range(len(batch.tokens)):
+            for number in range(int(batch.document[row].max())+1):
+                mine = batch.document[row] == number
+                out[tuple(batch.tokens[row, mine].tolist())[:5]] = vectors[row, mine] # (five tokens are enough to know it again)
+        return out
+    with torch.no_grad(): together, alone = of_each(packed()), of_each(packed(packing='none'))
+    assert together.keys() == alone.keys() and len(together) == 9
+    for k, x in together.items(): assert_close(x, alone[k][:len(x)], rtol=1e-4, atol=1e-5) # (where a row is full, its last token is no input)
+    if name == 'ar': assert_close(*(objective.nll(network, packed(packing=p)).nats.sum() for p in ('isolated', 'none')), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize('name', ['ar', 'diffusion', 'block', 'mix', 'slots'])
@@ -154,3 +171,11 @@ def test_only_answers_are_hidden(name):
     canvas = canvas_of(batch)
     assert_close(canvas.hideable[:, 1:], batch.weights > 0)
     assert not canvas.hideable[:, 0].any() and objective.loss(network, dataclasses.replace(batch, place=0), None).sum > 0
+
+
+def test_the_probe_of_labels_finds_a_loss_without_weights():
+    network, objective = family('ar')
+    batch, everywhere = packed(), lambda b: dataclasses.replace(b, weights=torch.ones_like(b.weights))
+    rubbish = dataclasses.replace(batch, targets=torch.where(batch.weights > 0, batch.targets, (batch.targets+1) % 50))
+    assert objective.loss(network, everywhere(batch)).sum != objective.loss(network, everywhere(rubbish)).sum
+    assert objective.loss(network, batch).sum == objective.loss(network, rubbish).sum
