@@ -72,15 +72,15 @@ def ask_all(
         else: out.setdefault(f'longer than {seq_len} tokens', []).append(row.id)
     return asked, out
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #18d54f63
+# %% ../../nbs/5_eval/07_instruct.ipynb #527b71e6
 def _batch(pairs:Sequence[tuple[Sequence[int], Asked]])->Batch:
     T = max(len(c)+len(a.answer) for c, a in pairs)-1
     tokens, targets = (torch.zeros(len(pairs), T, dtype=torch.int64) for _ in range(2))
     weights, document = torch.zeros(len(pairs), T), torch.full((len(pairs), T), -1)
     for i, (c, a) in enumerate(pairs):
         ids = torch.tensor([*c, *a.answer])
-        n = len(ids)-1
-        tokens[i, :n], targets[i, :n], document[i, :n] = ids[:-1], ids[1:], 0
+        n, here = len(ids)-1, min(len(ids), T) # where padding follows, the last token is an input too: a family that looks both ways must see it in its document
+        tokens[i, :here], targets[i, :n], document[i, :here] = ids[:here], ids[1:], 0
         weights[i, len(c)-1:n] = torch.tensor(a.counts, dtype=torch.float32)
     return Batch(tokens, targets, weights, document, rows=torch.tensor([a.number for _, a in pairs]), one_document=True)
 
