@@ -250,7 +250,19 @@ _tasks:dict[str, tuple[tuple[str,...], Callable[[random.Random], tuple[str, str]
     'colour': (('Which colour is it?', 'Name the colour in the sentence.', 'What colour does the sentence tell of?'), _colour),
 }
 
-# %% ../../nbs/1_data/02_instructions.ipynb #cd4c8569
+# %% ../../nbs/1_data/02_instructions.ipynb #2ce14cd3
+_checks:dict[str, Callable[[str, str], list[dict]]] = { # task -> what the answer must keep to, of what it is about and the right answer
+    'copy': lambda about, answer: [dict(check='words', exactly=len(answer.split())), dict(check='no_commas')],
+    'upper case': lambda about, answer: [dict(check='case', case='upper'), dict(check='words', exactly=len(answer.split()))],
+    'reverse': lambda about, answer: [dict(check='keywords', present=answer.split(', '))],
+    'sort words': lambda about, answer: [dict(check='keywords', present=answer.split(', '))],
+    'bullets': lambda about, answer: [dict(check='bullets', exactly=len(answer.split('\n')))],
+    'choose': lambda about, answer: [dict(check='choice', options=about.split(', '))],
+    'largest': lambda about, answer: [dict(check='choice', options=about.split(', '))],
+    'colour': lambda about, answer: [dict(check='choice', options=_colours)],
+} | dict.fromkeys(('count', 'add', 'first letter', 'last word', 'first word'), lambda about, answer: [dict(check='words', exactly=1)])
+
+# %% ../../nbs/1_data/02_instructions.ipynb #74446c96
 def bundled_rows(
     count:int=400, # rows; no two ask the same
     seed:int=0,    # another seed, other rows
@@ -264,7 +276,7 @@ def bundled_rows(
         ask, (about, answer) = r.choice(wordings), make(r)
         if (ask, about) in asked: continue
         asked.add((ask, about))
-        rows.append(Row(f'tasks-{len(rows)+1}', (Turn('user', ask), Turn('assistant', answer)), 'alpaca', about, task))
+        rows.append(Row(f'tasks-{len(rows)+1}', (Turn('user', ask), Turn('assistant', answer)), 'alpaca', about, task, tuple(_checks[task](about, answer) if task in _checks else ())))
     if len(rows) < count: raise ConfigError(f'there are no {count:,} different bundled tasks. Ask for {len(rows)//100*100:,} at most, or give a file with data.path.')
     return rows
 
@@ -461,7 +473,7 @@ def _lay_jinja(description:dict, specials:re.Pattern)->Callable[[Sequence[Turn],
         return groups if opened else groups[:-2] + [groups[-2]+groups[-1]] # a whole row: its last frame belongs to the last turn
     return lay
 
-# %% ../../nbs/1_data/02_instructions.ipynb #11ccc270
+# %% ../../nbs/1_data/02_instructions.ipynb #76e87efb
 def _find_jinja(folder:Path)->dict|None:
     "The template in a Hugging Face folder, with the names of its first and last token; None where there is none."
     settings = read_json(folder/'tokenizer_config.json', DataError) if (folder/'tokenizer_config.json').exists() else {}
@@ -477,7 +489,7 @@ def _find_jinja(folder:Path)->dict|None:
 def _jinja_template(description:dict, tokenizer:Tokenizer)->Template:
     "A Jinja template, tried on one exchange."
     names = [t['content'] for t in tokenizer.description.get('tokenizer', {}).get('added_tokens', []) if t['special']]
-    if not names: raise DataError(f'a Jinja template needs a tokenizer of kind hf, with the special tokens that it writes; this is {tokenizer}. Set finetune.template=chat.')
+    if tokenizer.kind != 'hf' or not names: raise DataError(f'a Jinja template needs a tokenizer of kind hf, with the special tokens that it writes; this is {tokenizer}. Set finetune.template=chat.')
     specials = re.compile('|'.join(map(re.escape, sorted(names, key=len, reverse=True))))
     lay = _lay_jinja(description, specials)
     first, _, answer = lay((Turn('user', 'a'), Turn('assistant', 'b')), '', False)

@@ -8,8 +8,8 @@ __all__ = ['ROW_CHECKS', 'TRUNCATION', 'FRACTIONS', 'VERSION', 'FILES', 'Seen', 
            'asked_key', 'split_rows', 'check_overlap', 'Examples', 'check_lengths', 'stack', 'target_fractions',
            'report_text', 'render_rows', 'read_instructions', 'rows_of', 'prepare_instructions']
 
-# %% ../../nbs/1_data/03_rendered.ipynb #4edd13f7
-import hashlib, json, math
+# %% ../../nbs/1_data/03_rendered.ipynb #a9dd0338
+import hashlib, json, math, pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -134,7 +134,7 @@ def truncate(
         if e.n_prompt < max_seq_len and cut.n_target: return cut
     return None
 
-# %% ../../nbs/1_data/03_rendered.ipynb #fb0905e5
+# %% ../../nbs/1_data/03_rendered.ipynb #af44a2e1
 @dataclass(frozen=True)
 class Sizes:
     "Tokens of all rows, before anything is cut."
@@ -142,12 +142,14 @@ class Sizes:
     prompt:np.ndarray   # [N] before the last answer
     target:np.ndarray   # [N] targets
     cuttable:np.ndarray # [N] tokens that truncate_prompt may take
+    place:np.ndarray    # [sum of target] where in its row each target is
+    row:np.ndarray      # [sum of target] which row that is
 
     def lost(self, max_seq_len:int, truncation:str)->int:
         "Targets that are lost at this length."
         over = self.total-max_seq_len
         if truncation == 'truncate_prompt': return int(self.target[over > self.cuttable].sum())
-        if truncation == 'truncate_response': return int(np.where(over <= 0, 0, np.where(self.prompt < max_seq_len, np.minimum(over, self.target), self.target)).sum())
+        if truncation == 'truncate_response': return int(((over > 0)[self.row] & ((self.place >= max_seq_len) | (self.prompt >= max_seq_len)[self.row])).sum())
         return int(self.target[over > 0].sum())
 
     def enough(self, fraction:float, truncation:str)->int:
@@ -164,7 +166,8 @@ def sizes(
 )->Sizes:
     "The sizes of rows."
     found = np.array([(len(e.ids), e.n_prompt, e.n_target, len(cuttable(e))) for e in examples], np.int64).reshape(-1, 4)
-    return Sizes(*found.T)
+    places = [np.flatnonzero(e.targets) for e in examples]
+    return Sizes(*found.T, np.concatenate([np.zeros(0, np.int64), *places]), np.repeat(np.arange(len(examples)), found[:, 2]))
 
 # %% ../../nbs/1_data/03_rendered.ipynb #3495ae22
 def asked_key(row:Row)->str:
@@ -302,7 +305,7 @@ def render_rows(
         padding=1-used/max(len(cut)*max_seq_len, 1), packing=len(cut)*max_seq_len/max(used, 1), longest=[longest.id, len(longest.ids)],
         empty=len(empty), empty_rows=empty, M8=target_fractions(list(cut.values())), M9=tokenizer.pad_id == tokenizer.eos_id)
 
-# %% ../../nbs/1_data/03_rendered.ipynb #7a352188
+# %% ../../nbs/1_data/03_rendered.ipynb #1ea44da9
 VERSION = 1 # of the folder's format
 FILES = tuple(f'{s}_{a}' for s in ('train', 'val') for a in ('tokens.pt', 'masks.pt', 'lengths.pt', 'rows.jsonl')) + ('tokenizer.json',)
 _short = {'train': 'train', 'validation': 'val'}
@@ -310,6 +313,12 @@ _short = {'train': 'train', 'validation': 'val'}
 def _inputs(rows:Sequence[Row], template:Template, tokenizer:Tokenizer, **settings)->dict:
     "All that decides what the folder holds."
     return dict(format_version=VERSION, rows=hash_json([r.to_dict() for r in rows]), template=template.description['sha256'], tokenizer=tokenizer.fingerprint, **settings)
+
+def _must_be_ours(folder:Path)->None:
+    "Raise `DataError` for a folder with anything in it that we did not write: it would be replaced."
+    if folder.exists() and not folder.is_dir(): raise DataError(f'{folder} is a file. Name another folder with finetune.folder.')
+    others = sorted({p.name for p in folder.iterdir()} - {*FILES, 'config.json', 'report.json', 'report.md'}) if folder.exists() else []
+    if others: raise DataError(f'{folder} holds {others[0]}, which is not of prepared instructions: it is not replaced. Name another folder with finetune.folder.')
 
 def _key(inputs:dict)->str: return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -320,7 +329,7 @@ def _changed(folder:Path, inputs:dict)->str|None: # None: nothing
     words = [f'{k} ({was.get(k)} -> {v})' if not isinstance(v, str) or len(v) < 30 else k for k, v in inputs.items() if was.get(k) != v]
     return ', '.join(words) + (' changed' if words else '') or None
 
-# %% ../../nbs/1_data/03_rendered.ipynb #c08c1136
+# %% ../../nbs/1_data/03_rendered.ipynb #89e688ba
 def _rows_record(row:Row, e:Example, whole:bool)->dict:
     return dict(n_tokens=len(e.ids), n_prompt=e.n_prompt, n_target=e.n_target, action='kept' if whole else 'truncated') | row.to_dict()
 
@@ -335,6 +344,13 @@ def _write(folder:Path, sides:dict[str, Examples], records:dict[str, list[dict]]
         write_whole(part/'report.md', f'# Instructions\n\n```\n{report_text(report)}\n```\n', DataError)
         write_json(part/'config.json', meta | {'files': {n: hash_file(part/n) for n in FILES}}, DataError)
 
+def _tensor(path:Path)->torch.Tensor:
+    "A tensor from a file, which can not run code."
+    try: found = torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e: raise DataError(f'{path} does not hold a tensor ({type(e).__name__}). Delete the folder and prepare the data again.') from e
+    if not isinstance(found, torch.Tensor): raise DataError(f'{path} holds {type(found).__name__}, not a tensor. Delete the folder and prepare the data again.')
+    return found
+
 def read_instructions(
     folder:str|Path, # that prepare_instructions wrote
 )->dict[str, Examples]: # train and validation
@@ -347,7 +363,7 @@ def read_instructions(
     if bad: raise DataError(f'{folder} is damaged: {", ".join(bad)} changed since it was written. Delete the folder and prepare the data again.')
     out = {}
     for split, short in _short.items():
-        arrays = [torch.load(folder/f'{short}_{name}.pt', weights_only=True) for name in ('tokens', 'masks', 'lengths')]
+        arrays = [_tensor(folder/f'{short}_{name}.pt') for name in ('tokens', 'masks', 'lengths')]
         out[split] = Examples(*arrays, [r['id'] for r in read_jsonl(folder/f'{short}_rows.jsonl', DataError)], split, folder, meta)
         check_lengths(out[split])
     return out
@@ -359,7 +375,7 @@ def rows_of(
     "The rows that are in the folder, in the order of its arrays."
     return [Row.from_dict(r) for r in read_jsonl(Path(folder)/f'{_short[split]}_rows.jsonl', DataError)]
 
-# %% ../../nbs/1_data/03_rendered.ipynb #85f59c58
+# %% ../../nbs/1_data/03_rendered.ipynb #67098337
 def _meta(inputs:dict, template:Template, tokenizer:Tokenizer, source:dict, counts:dict)->dict:
     "config.json, but for the hashes of the files."
     names = {'seed': 'seed', 'split': 'method', 'validation_fraction': 'ratio'}
@@ -390,10 +406,10 @@ def prepare_instructions(
     folder, changed, twice = Path(folder), None, [i for i, n in Counter(r.id for r in rows).items() if n > 1]
     if not rows or twice: raise DataError('there are no rows to prepare.' if not rows else f'{len(twice):,} ids are not of one row alone ({", ".join(twice[:5])}). Give each row an id of its own.')
     inputs = _inputs(rows, template, tokenizer, max_seq_len=max_seq_len, train_on=train_on, truncation=truncation, max_lost_fraction=max_lost_fraction, split=split, validation_fraction=validation_fraction, seed=seed)
+    _must_be_ours(folder)
     if folder.exists() and any(folder.iterdir()) and not force:
         changed = _changed(folder, inputs)
         if not changed: return read_instructions(folder)
-        if not (folder/'config.json').exists(): raise DataError(f'{folder} is not empty and not ours. Name another folder with finetune.folder.')
     kept, report = render_rows(rows, template, tokenizer, max_seq_len, train_on, truncation, max_lost_fraction)
     sides = {k: [r for r in v if r.id in kept] for k, v in split_rows(rows, validation_fraction, split, seed).items()}
     if not sides['train'] or validation_fraction and not sides['validation']: raise DataError(f'of {len(rows):,} rows {len(kept):,} are left, none of them for {"validation" if sides["train"] else "train"}. Take longer rows, or another fraction for validation.')
