@@ -96,7 +96,7 @@ def test_parts_of_text_and_checks_are_read():
     ('f.jsonl', '{"prompt": "a", "answer": "b"}\n{"prom\n{}', 'line 2'), ('f.csv', 'instruction,output\na,b,c\n', 'record 1'), ('f.csv', 'instruction,output\n"a,b\n', 'not sound CSV'), ('f.txt', 'a', '.jsonl or .csv'),
     ('f.json', '[{"instruction": "a", "output": null, "input": 3}]', 'input is 3'), ('f.json', '[{"messages": []}]', 'not empty'), ('f.json', '[{"messages": [{"role": "tool", "content": "x"}]}]', "role is 'tool'"),
     ('f.json', '[{"messages": [{"role": "user", "content": [{"type": "image"}]}]}]', 'not text'), ('f.json', '['*100_000, 'not readable'),
-    ('f.json', '[{"prompt": [1], "completion": "x"}]', 'not text'), ('f.json', '[{"instruction": "a", "output": "b", "checks": "all"}]', 'checks'),
+    ('f.json', '[{"prompt": "a", "completion": "x\\ud800"}]', 'half a character'), ('f.json', '[{"prompt": [1], "completion": "x"}]', 'not text'), ('f.json', '[{"instruction": "a", "output": "b", "checks": "all"}]', 'checks'),
 ])
 def test_files_that_are_wrong_say_where(name, body, says, tmp_path):
     (tmp_path/name).write_text(body)
@@ -205,6 +205,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_for_conversations_alo
     with pytest.raises(DataError, match='once, in their order|rewrites earlier turns'): encode_row(two, template, tokenizer)
     tokenizer, template = jinja(hf_folder, CHATML.replace("m['content']", "m['content'].replace('x', 'y')"))
     with pytest.raises(DataError, match='changes the text'): encode_row(Row('x', (Turn('user', 'x'), Turn('assistant', 'b'))), template, tokenizer)
+
+
+def test_rows_that_a_template_cannot_write_are_named(hf_folder, tmp_path):
+    tokenizer, template = jinja(hf_folder, CHATML.replace("{{ m['content'] }}", "{{ m['content'].replace('tree', 'bush') }}"))
+    rows = bundled_rows(60)
+    with pytest.raises(DataError, match=r'of 60 rows cannot be written \(tasks-.*changes the text'): prepare_instructions(rows, template, tokenizer, max_seq_len=200, folder=tmp_path/'d')
 
 
 def test_auto_without_a_jinja_template_is_alpaca(tokenizers, tmp_path, hf_folder):

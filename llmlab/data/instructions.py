@@ -94,13 +94,15 @@ def detect_format(
     raise DataError(f'cannot tell the format: of {len(records):,} records {saw}. Record {odd} has {", ".join(map(str, records[odd-1])) or "no fields"}. '
         f'Give every record the fields of one format ({"; ".join(n+": "+", ".join("/".join(g) for g in gs) for n, gs in FORMATS.items())}), or name it with finetune.format.')
 
-# %% ../../nbs/1_data/02_instructions.ipynb #3c994bed
+# %% ../../nbs/1_data/02_instructions.ipynb #ad78698a
 def _text(record:dict, key:str)->str:
     "A field that holds text; nothing and null are ''."
     value = record.get(key)
     if value is None: return ''
     if isinstance(value, list) and value and all(isinstance(p, dict) and p.get('type') == 'text' for p in value): return ''.join(p.get('text') or '' for p in value)
     if not isinstance(value, str): raise ValueError(f'{key} is {value!r:.60}, which is not text')
+    try: value.encode()
+    except UnicodeEncodeError as e: raise ValueError(f'{key} holds half a character (a lone surrogate) at position {e.start}') from e
     return value
 
 def _first(record:dict, names:Iterable[str])->str: return next((n for n in names if n in record), next(iter(names)))

@@ -8,7 +8,7 @@ __all__ = ['ROW_CHECKS', 'TRUNCATION', 'FRACTIONS', 'VERSION', 'FILES', 'Seen', 
            'asked_key', 'split_rows', 'check_overlap', 'Examples', 'check_lengths', 'stack', 'target_fractions',
            'report_text', 'render_rows', 'read_instructions', 'rows_of', 'prepare_instructions']
 
-# %% ../../nbs/1_data/03_rendered.ipynb #a9dd0338
+# %% ../../nbs/1_data/03_rendered.ipynb #a76010f0
 import hashlib, json, math, pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .. import __version__
+import llmlab
 from .corpora import hash_share
 from .instructions import Example, Row, Template, encode_row, prompt_ids, trained_turns
 from .tokenizer import Tokenizer
@@ -267,7 +267,7 @@ def report_text(
     if r['M12']: lines.append(f'M12: {len(r["M12"]):,} rows of validation ask what a row of training asks ({", ".join(r["M12"][:5])}); their loss says little about new questions')
     return '\n'.join(lines)
 
-# %% ../../nbs/1_data/03_rendered.ipynb #e71a66cd
+# %% ../../nbs/1_data/03_rendered.ipynb #dbf39451
 def _empty(row:Row, e:Example, train_on:str)->bool:
     "M1: nothing to learn in this row."
     return not e.n_target or not any(t.content.strip() for t, yes in zip(row.turns, trained_turns(row, train_on)) if yes)
@@ -276,22 +276,31 @@ def _refuse_losses(s:Sizes, empty:list[str], n:int, max_seq_len:int, truncation:
     "Raise `DataError` where more is lost than is allowed."
     if len(empty) > most*n: raise DataError(f'M1 fails: {len(empty):,} of {n:,} rows have nothing to learn ({", ".join(empty[:5])}): no answer, or only blanks. Mend them, or allow that with finetune.max_lost_fraction={math.ceil(len(empty)/n*1000)/1000}.')
     over, lost, all_ = int((s.total > max_seq_len).sum()), s.lost(max_seq_len, truncation), max(int(s.target.sum()), 1)
-    if truncation == 'error' and over: raise DataError(f'{over:,} of {n:,} rows are longer than {max_seq_len:,} tokens, and finetune.truncation is error. A max_seq_len of {int(s.total.max()):,} holds them all.')
+    if truncation == 'error' and over: raise DataError(f'{over:,} of {n:,} rows are longer than {max_seq_len:,} tokens, and finetune.truncation is error. A max_seq_len of {int(s.total.max()):,} (packing.seq_len={int(s.total.max())-1}) holds them all.')
     if lost > most*all_: raise DataError(f'with rows of {max_seq_len:,} tokens and finetune.truncation={truncation}, {over:,} of {n:,} rows are too long and {lost/all_:.1%} of all targets are lost; finetune.max_lost_fraction allows {most:.1%}. '
-        f'A max_seq_len of {s.enough(most, truncation):,} would pass, {s.enough(0, truncation):,} would lose nothing'
+        f'A max_seq_len of {(enough := s.enough(most, truncation)):,} (packing.seq_len={enough-1}) would pass, {s.enough(0, truncation):,} would lose nothing'
         + (f'; or set finetune.max_lost_fraction={math.ceil(lost/all_*1000)/1000}.' if lost < all_ else '.'))
     if len(empty) == n or lost == all_: raise DataError(f'nothing is left to learn: of {n:,} rows {len(empty):,} have no answer and {over:,} are longer than {max_seq_len:,} tokens.')
+
+def _encode(rows:Sequence[Row], template:Template, tokenizer:Tokenizer, train_on:str)->list[Seen]:
+    "All rows as ids. Raises one `DataError` for those that the template cannot write."
+    seen, bad = [], []
+    for r in rows:
+        try: seen.append(look(r, encode_row(r, template, tokenizer, train_on), template, tokenizer, train_on))
+        except DataError as e: bad.append((r.id, e))
+    if bad: raise DataError(f'{len(bad):,} of {len(rows):,} rows cannot be written ({", ".join(i for i, _ in bad[:5])}{", ..." if len(bad) > 5 else ""}). {bad[0][0]}: {bad[0][1]}')
+    return seen
 
 def render_rows(
     rows:Sequence[Row], template:Template, tokenizer:Tokenizer, max_seq_len:int, train_on:str, truncation:str, max_lost_fraction:float, # as of prepare_instructions
 )->tuple[dict[str, Example], dict]: # the rows that are kept, by id; the report so far
     "Encode, check and cut all rows. Raises one `DataError` for all that is wrong."
     if truncation not in TRUNCATION: raise ConfigError(f'finetune.truncation is {truncation!r}; it can be {", ".join(TRUNCATION)}.')
-    pairs = [(r, encode_row(r, template, tokenizer, train_on)) for r in rows]
-    empty = [r.id for r, e in pairs if _empty(r, e, train_on)]
-    pairs = [(r, e) for r, e in pairs if r.id not in set(empty)] if empty else pairs
-    check_rows([look(r, e, template, tokenizer, train_on) for r, e in pairs])
-    all_ = [e for _, e in pairs]
+    seen = _encode(rows, template, tokenizer, train_on)
+    empty = [r.id for r, s in zip(rows, seen) if _empty(r, s.example, train_on)]
+    seen = [s for s in seen if s.example.id not in set(empty)] if empty else seen
+    check_rows(seen)
+    all_ = [s.example for s in seen]
     s = sizes(all_)
     _refuse_losses(s, empty, len(rows), max_seq_len, truncation, max_lost_fraction)
     cut = {e.id: t for e in all_ if (t := truncate(e, max_seq_len, truncation))}
@@ -375,11 +384,11 @@ def rows_of(
     "The rows that are in the folder, in the order of its arrays."
     return [Row.from_dict(r) for r in read_jsonl(Path(folder)/f'{_short[split]}_rows.jsonl', DataError)]
 
-# %% ../../nbs/1_data/03_rendered.ipynb #67098337
+# %% ../../nbs/1_data/03_rendered.ipynb #f1ef7ffc
 def _meta(inputs:dict, template:Template, tokenizer:Tokenizer, source:dict, counts:dict)->dict:
     "config.json, but for the hashes of the files."
     names = {'seed': 'seed', 'split': 'method', 'validation_fraction': 'ratio'}
-    return dict(format_version=VERSION, key=_key(inputs), lab_version=__version__, inputs=inputs, template=template.description,
+    return dict(format_version=VERSION, key=_key(inputs), lab_version=llmlab.__version__, inputs=inputs, template=template.description,
         mask_semantics='masks[i, t] is 1 where token t is a target: the loss at position t-1 predicts it. What lies beyond lengths[i] is padding.',
         bos_policy=template.description['bos'], eos_policy=template.description['eos'], max_seq_len=inputs['max_seq_len'], truncation=inputs['truncation'], train_on=inputs['train_on'],
         tokenizer=tokenizer.fingerprint, special_ids=tokenizer.special, stop_ids=template.stop_ids(tokenizer), source=source,
