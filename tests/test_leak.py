@@ -71,6 +71,15 @@ def test_full_attention_looking_back(backend):
     with torch.no_grad(): assert probe(lambda b: network(b.tokens, document=b.document, one_document=b.one_document), packed()) > 3
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('backend', ENGINES)
+def test_full_attention_on_a_gpu(backend):
+    "The kernels of a GPU; what lies in another document's tokens changes no tile of this one's."
+    if why := why_not(backend, 'cuda', torch.bfloat16, 2, 1, 64): pytest.skip(why)
+    network = build(Shape(vocab_size=V, seq_len=T, d_model=128, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=64), backend).to('cuda', torch.bfloat16).eval()
+    with torch.no_grad(): assert probe(lambda b: network(b.tokens.cuda(), document=b.document.cuda(), one_document=b.one_document).cpu(), packed()) > 3
+
+
 @pytest.mark.parametrize('backend', engines)
 @pytest.mark.parametrize('attention', ['local', 'xl', 'infini'])
 def test_segments_and_memories(attention, backend):

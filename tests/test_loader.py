@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 from llmlab.files import CacheError, hash_json
 from llmlab.packing.cache import DamagedChunk, build_cache, digest
-from llmlab.packing.loader import Batch, Loader, Reader, Transport, as_window, assemble, fill, in_order
+from llmlab.packing.loader import Batch, Loader, Reader, Transport, as_window, assemble, fill, in_order, join_batches
 from llmlab.packing.order import Order, permutation
 from llmlab.packing.packer import pack
 
@@ -78,6 +78,61 @@ def test_batch_counts_its_own_targets_and_moves():
     assert b.num_targets == 3 and b.rows is None
     moved = b.to('meta')
     assert moved.tokens.device.type == moved.weights.device.type == 'meta' and moved.num_targets == 3
+
+def with_extras(n, start=0, **kw):
+    t = torch.arange(start, start+3*n).view(n, 3)
+    return Batch(t, t+1, torch.ones(n, 3), t*0, extras={'pixel_values': t[:, :1, None]*torch.ones(1, 2, 2), 'flags': t[:, 0] > 3}, **kw)
+
+def test_extras_go_wherever_a_batch_goes():
+    b = with_extras(2, rows=torch.tensor([4, 5]), place=7)
+    assert len(b.tensors) == 6 and b.to('meta').extras['flags'].is_meta and b.to('meta').place == 7
+    assert [t.data_ptr() for t in b.with_tensors(b.tensors).tensors] == [t.data_ptr() for t in b.tensors] and list(b.with_tensors(b.tensors).extras) == ['pixel_values', 'flags']
+    with pytest.raises(ValueError): b.with_tensors(b.tensors[:-1])
+    whole = join_batches([b, with_extras(3, 6, rows=torch.tensor([1, 2, 3]))])
+    assert_close(whole.extras, with_extras(5).extras)
+    buffer = fill(None, b, pinned=False)
+    assert_close(buffer.extras, b.extras)
+    again = fill(buffer, with_extras(2, 50), pinned=False) # of the same shapes: the same memory
+    assert [t.data_ptr() for t in again.tensors] == [t.data_ptr() for t in buffer.tensors] and again.extras['pixel_values'][0, 0, 0] == 50
+    other = with_extras(2, 50)
+    other.extras['pixel_values'] = torch.zeros(2, 5, 2)
+    assert fill(buffer, other, pinned=False).extras['pixel_values'].shape == (2, 5, 2)
+    assert_close(Transport('cpu').receive(*Transport('cpu').send(b)).extras, b.extras)
+
+class Counting(InMemory):
+    "A source that reads itself: a row is made when it is asked for, and brings something of its own."
+    def __init__(self, *a, **kw):
+        super().__init__(*a, **kw)
+        self.readers = []
+    def reader(self, order, threads, ahead):
+        class Own:
+            closed = 0
+            def batch(_, start, count, place=None):
+                rows = torch.cat([torch.from_numpy(index) for _, index in order.parts(start, count)]) # (one chunk)
+                return Batch(rows[:, None], rows[:, None]+1, torch.ones(count, 1), rows[:, None]*0, rows, place=place, extras={'twice': 2.*rows})
+            def close(own): own.closed += 1
+        self.readers.append((Own(), threads, ahead))
+        return self.readers[-1][0]
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('world', [1, 2])
+def test_a_source_that_brings_its_own_reader(world, workers):
+    "Order, ranks and resume are those of the loader."
+    source = Counting([40])
+    start = lambda: [Loader(source, 2, seed=3, rank=r, world=world, workers=workers) for r in range(world)]
+    ranks, n = start(), source.num_rows
+    drawn = {}
+    while ranks[0].position < 2*n: drawn |= {b.place+i: int(r) for b in map(next, ranks) for i, r in enumerate(b.extras['twice']/2)}
+    for e in (0, 1): assert sorted(drawn[p] for p in range(e*n, (e+1)*n)) == list(range(n))
+    again = start()
+    for loader in again:
+        loader.load_state_dict(ranks[0].state_dict())
+        assert source.readers[-1][1:] == (1, workers > 0)
+    for _ in range(3):
+        for a, b in zip(ranks, again): same(next(a), next(b))
+    for loader in ranks+again: loader.close()
+    assert all(own.closed for own, *_ in source.readers)
+    assert torch.cat([b.rows for b in in_order(source, 7)]).tolist() == list(range(n)) and not source.decoded
 
 # --- order
 

@@ -5,7 +5,8 @@ from torch.testing import assert_close
 from llmlab.files import CacheError, DataError
 from llmlab.models.transformer import positions_of
 from llmlab.packing.loader import Loader, in_order
-from llmlab.packing.rows import PACKINGS, Rows, pack_examples
+from llmlab.packing.packer import packing_report
+from llmlab.packing.rows import PACKINGS, Rows
 
 
 def make(n=60, T=15, seed=0, shortest=2, answers=True):
@@ -94,9 +95,11 @@ def test_the_face_of_a_cache():
     info = rows.info()
     assert (info['dataset_name'], info['split'], info['sequence_length'], info['path'], info['tokenizer'], info['corpus']) == ('ours', 'validation', 15, 'data_instruct', 't', 'i')
     assert (info['total_sequences'], info['total_targets'], info['total_chunks'], info['complete']) == (rows.num_rows, rows.num_targets, 1, True)
-    assert len(rows.chunks) == 1 and rows.chunk(0).num_targets == rows.num_targets == len(wanted(make())) and rows.text_bytes == 0 and rows.verify() == [] and 'ours (validation)' in repr(rows)
+    assert len(rows.chunks) == 1 and rows.chunk(0).mask.sum() == rows.num_targets == len(wanted(make())) and rows.text_bytes == 0 and rows.verify() == [] and 'ours (validation)' in repr(rows)
     into = np.empty_like(rows.packed.tokens)
     assert (rows.chunk(0, into).tokens == into).all()
+    report = packing_report(rows.chunk(0)) # of the layout
+    assert report.from_start_share == 1 and report.documents == 60 and not report.cut and not report.too_long
 
 
 def refused(change, *said, **kw):
@@ -197,3 +200,43 @@ def test_a_batch_may_be_changed_without_harm_to_the_rows():
     again = next(in_order(rows, 3))
     assert_close(again.weights, kept)
     assert again.tokens.any()
+
+
+@pytest.mark.usefixtures('one_thread')
+@pytest.mark.parametrize('stops', [[5], [1, 6]], ids=str)
+@pytest.mark.parametrize('name', ['ar', 'diffusion', 'sdd'])
+def test_training_on_them_is_gone_on_with_exactly(tmp_path, name, stops):
+    "Stopped within an epoch, with fresh objects: every logged number and every weight, bit for bit; and it learns."
+    from functools import partial
+    from llmlab.config import Diffusion as DiffusionSettings, Optim, SDD as SDDSettings
+    from llmlab.models.ar import AR
+    from llmlab.models.diffusion import Diffusion
+    from llmlab.models.sdd import SDD
+    from llmlab.models.transformer import Shape, build
+    from llmlab.models.zoo import add_extras, own_special
+    from llmlab.trainer.checkpoint import TrainState, capture, checkpointer, latest, load_checkpoint, restore
+    from llmlab.trainer.loop import Limit, fit
+    from llmlab.trainer.optim import build_optimizer
+    from llmlab.trainer.tracking import Stopped, Tracker
+    class Memory:
+        def __init__(self): self.records = {}
+        def log(self, metrics, step): self.records[step] = {k: v for k, v in metrics.items() if not k.endswith(('_per_sec', '_wait', '_gb'))}
+    x, special = make(90, T=31, shortest=6), own_special(64)
+    x['tokens'] = np.arange(32)[None] % 7 + np.arange(90)[:, None] % 5 + 5 # each counts up from its own number: can be learned
+    def sitting(folder, memory, limit=None, seed=0):
+        objective = {'ar': lambda: AR(), 'diffusion': lambda: Diffusion(DiffusionSettings(), special), 'sdd': lambda: SDD(SDDSettings(k=2), DiffusionSettings(), special)}[name]()
+        network = add_extras(build(Shape(vocab_size=64, seq_len=31, d_model=32, num_layers=2, num_heads=2, num_kv_heads=1, d_ff=64), seed=seed), objective, seed)
+        things = dict(network=network, optimizer=build_optimizer(network, Optim(lr=.01, warmup_steps=2)), loader=Loader(Rows.of(**x), 4, seed=1), generators={'objective': torch.Generator().manual_seed(0)})
+        path = latest(folder)
+        state = restore(load_checkpoint(path), **things) if path else TrainState()
+        try: fit(network, objective, things['loader'], things['optimizer'], total_steps=24, accumulation=2, state=state, generator=things['generators']['objective'], save_every=9, log_every=4,
+                 save=checkpointer(folder, partial(capture, **things)), tracker=Tracker([memory]), limit=limit, check_groups=24)
+        finally: things['loader'].close()
+        return network
+    straight, cut = Memory(), Memory()
+    whole = sitting(tmp_path/'a', straight)
+    for i, steps in enumerate(stops):
+        with pytest.raises(Stopped): sitting(tmp_path/'b', cut, Limit(steps=steps), seed=i)
+    parts = sitting(tmp_path/'b', cut, seed=9)
+    assert cut.records == straight.records and straight.records[24]['train/loss'] < straight.records[4]['train/loss']
+    for p, q in zip(whole.parameters(), parts.parameters()): assert_close(p, q, rtol=0, atol=0)

@@ -43,18 +43,13 @@ def check_examples(
     if said: raise DataError('; '.join(said)+'.')
     if not masks[:, 1:].any(): raise DataError(f'none of the {len(tokens):,} examples has a target, so there is nothing to learn. Were all answers cut away? Try a longer max_seq_len.')
 
-# %% ../../nbs/2_packing/05_rows.ipynb #3c018a23
+# %% ../../nbs/2_packing/05_rows.ipynb #ec0d9389
 PACKINGS = 'isolated', 'none'
 
 @dataclass(frozen=True)
 class Masked(Packed):
-    "Rows of examples, and which of their tokens are targets."
+    "Rows of examples, and which of their tokens are targets. What a `Packed` says of itself is about the layout, with or without a mask."
     mask:np.ndarray # [R, row_tokens] uint8: 1 where a token is a target
-
-    @property
-    def num_targets(self)->int:
-        "Tokens to learn."
-        return int(self.mask.sum(dtype=np.int64))
 
 def _alone(documents:list[np.ndarray], row_tokens:int, pad_id:int)->Packed:
     "Each document in a row of its own."
@@ -100,7 +95,7 @@ class MaskedReader:
         "End the background."
         self.reader.close()
 
-# %% ../../nbs/2_packing/05_rows.ipynb #2fc466da
+# %% ../../nbs/2_packing/05_rows.ipynb #84a7473c
 class Rows(Cache):
     "Examples, read as a cache. `Rows.of` makes them."
     def __init__(self,
@@ -147,7 +142,7 @@ class Rows(Cache):
 
 def _meta(packed:Masked, seq_len:int, packing:str, name:str, tokenizer:str, identity:str, split:str)->dict:
     rows, seal = packed.num_rows, hash_bytes(digest(packed), np.ascontiguousarray(packed.mask).reshape(-1))
-    record = dict(chunk=0, source=dict(start=0, stop=len(packed.length), documents=len(packed.length)), rows=rows, tokens=packed.num_tokens, targets=packed.num_targets, spans=len(packed.length),
+    record = dict(chunk=0, source=dict(start=0, stop=len(packed.length), documents=len(packed.length)), rows=rows, tokens=packed.num_tokens, targets=int(packed.mask.sum(dtype=np.int64)), spans=len(packed.length),
         text_bytes=0, file='', file_bytes=packed.tokens.nbytes+packed.mask.nbytes, digest=f'xxh3-128:{seal}')
     return dict(format='llmlab.rows/1', dataset_name=name, dataset_license=None, split=split, tokenizer_name='', max_length=seq_len, compression_enabled=False, status='complete',
         fingerprint=dict(tokenizer=tokenizer, corpus=identity), chunks=[record], params=dict(seq_len=seq_len, row_tokens=seq_len+1, strategy=packing, chunk_rows=rows, codec='none',
