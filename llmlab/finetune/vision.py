@@ -21,7 +21,7 @@ from ..packing.loader import Batch
 from ..packing.order import Order
 from ..packing.rows import Masked, Rows
 
-# %% ../../nbs/6_finetune/03_vision.ipynb #d11263b1
+# %% ../../nbs/6_finetune/03_vision.ipynb #e3f608ed
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{% for c in m.content %}{{ c.text }}{% endfor %}{{ eos_token }}{% endgeneration %}"
             "{% else %}{{ m.role }}: {% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}\n{% endif %}{% endfor %}")
 COLOURS = {'red': (255, 0, 0), 'green': (0, 160, 0), 'blue': (0, 0, 255)}
@@ -36,6 +36,7 @@ def _tiny_tokenizer(): # transformers.PreTrainedTokenizerFast
     t.train_from_iterator(['what colour is the square? red green blue user: '], BpeTrainer(vocab_size=300, min_frequency=1, show_progress=False, initial_alphabet=alphabet, special_tokens=names))
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<s>', eos_token='</s>', extra_special_tokens={'image_token': '<image>'})
 
+# %% ../../nbs/6_finetune/03_vision.ipynb #15161dc5
 def _tiny_llava(tokenizer, text:dict): # model, processor
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -54,6 +55,7 @@ def _tiny_mllama(tokenizer, text:dict): # model, processor
     model = MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=words, image_token_index=3))
     return model, MllamaProcessor(MllamaImageProcessorPil(size={'height': 28, 'width': 28}, max_image_tiles=1), tokenizer, chat_template=TEMPLATE)
 
+# %% ../../nbs/6_finetune/03_vision.ipynb #e20c5a0d
 def tiny_vision(
     folder:str|Path, # to write
     kind:str='mllama', # mllama, llava
@@ -80,7 +82,7 @@ def colour_records(
     from PIL import Image
     return [{'messages': [{'role': 'user', 'content': 'what colour is the square?'}, {'role': 'assistant', 'content': name}], 'image': Image.new('RGB', (size, size), rgb)} for name, rgb in COLOURS.items()]
 
-# %% ../../nbs/6_finetune/03_vision.ipynb #301426f0
+# %% ../../nbs/6_finetune/03_vision.ipynb #d33bfd44
 @dataclass(frozen=True)
 class ImageExample:
     "A conversation about pictures."
@@ -101,6 +103,11 @@ def open_image(
     try: return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except FileNotFoundError as e: raise DataError(f'{name} does not exist.') from e
     except (UnidentifiedImageError, OSError) as e: raise DataError(f'{name} cannot be read: {e}') from e
+
+def _decoded(source:Any)->Any: # PIL.Image in RGB
+    "A picture, read to its end."
+    try: return open_image(source).convert('RGB')
+    except OSError as e: raise DataError(f"the picture {source if isinstance(source, (str, Path)) else type(source).__name__} is damaged: {e}") from e
 
 def _parts(content:Any, id:str)->list[dict]: # of a message
     if isinstance(content, str): return [{'type': 'text', 'text': content}]
@@ -127,7 +134,7 @@ def read_image_examples(
         out.append(ImageExample(id, messages, tuple(Path(folder)/x if isinstance(x, str) and '://' not in x else x for x in images)))
     return out
 
-# %% ../../nbs/6_finetune/03_vision.ipynb #858bc672
+# %% ../../nbs/6_finetune/03_vision.ipynb #da028388
 def open_processor(
     path:str|Path, # folder of the model, or its name on the hub
     offline:bool=False, # do not ask the hub
@@ -149,6 +156,7 @@ def marks_answers(processor:Any)->bool:
     import re
     return bool(re.search(r'{%-?\s*generation', processor.chat_template))
 
+# %% ../../nbs/6_finetune/03_vision.ipynb #cb48f562
 def _filled(example:ImageExample, images:Sequence[Any], messages:list[dict]|None=None)->list[dict]:
     "The messages with their pictures in place."
     left = iter(images)
@@ -176,7 +184,7 @@ def encode_images(
     images:Sequence[Sequence[Any]]|None=None, # open pictures of each; None: its own
 )->dict[str, Tensor]: # input_ids, labels (-100: no target), attention_mask [B, T], and what else the model reads
     "Conversations and pictures as tensors. Opens the pictures."
-    images = images or [[open_image(x).convert('RGB') for x in e.images] for e in examples]
+    images = images or [[_decoded(x) for x in e.images] for e in examples]
     rows = [_filled(e, x) for e, x in zip(examples, images)]
     if marks_answers(processor):
         found = _process(processor, rows, return_assistant_tokens_mask=True)
@@ -189,6 +197,7 @@ def encode_images(
     mask = mask & found['attention_mask'].bool() & (ids != (-1 if pictures is None else pictures))
     return found | {'labels': ids.masked_fill(~mask, -100)}
 
+# %% ../../nbs/6_finetune/03_vision.ipynb #df7952a0
 def check_answers(
     processor:Any, # from `open_processor`
     example:ImageExample, # that was encoded
@@ -249,37 +258,33 @@ class ImageRows(Rows):
         "Batches by position, for the loader."
         return ImageReader(self, order)
 
-# %% ../../nbs/6_finetune/03_vision.ipynb #027e0e72
+# %% ../../nbs/6_finetune/03_vision.ipynb #34c9b1a2
 def _sizes(example:ImageExample)->tuple: return tuple(open_image(x).size for x in example.images)
 
 def _text_side(processor:Any, examples:Sequence[ImageExample])->list[tuple[Tensor, Tensor, int]]: # of each: ids, mask [T], tokens with its pictures
     "Lengths without opening a picture: what pictures of some sizes add is tried once, with blank ones."
     from PIL import Image
-    added, out = {}, []
+    added, out, marked = {}, [], marks_answers(processor)
     for e in examples:
-        text = processor.tokenizer(processor.apply_chat_template([e.messages])[0], add_special_tokens=False, return_tensors='pt')['input_ids'][0]
-        sizes = _sizes(e)
-        blank = encode_images(processor, [e], [[Image.new('RGB', s) for s in sizes]]) if sizes not in added or not marks_answers(processor) else None
-        if blank is not None:
+        sizes, blank = _sizes(e), None
+        if sizes not in added or not marked:
+            blank = encode_images(processor, [e], [[Image.new('RGB', s) for s in sizes]])
             check_answers(processor, e, blank['labels'][0])
-            added[sizes] = int(blank['attention_mask'].sum())-len(text)
-        mask = blank['labels'][0] >= 0 if blank is not None else None
-        count = int(mask.sum()) if mask is not None else _count(processor, e)
-        out.append((text, count, len(text)+added[sizes]))
-    return [(text, torch.arange(len(text)) >= len(text)-count, n) for text, count, n in out]
-
-def _count(processor:Any, example:ImageExample)->int:
-    "Targets of a text: pictures add none."
-    found = processor.tokenizer.apply_chat_template(example.messages, chat_template=processor.chat_template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    return sum(found['assistant_masks'])
+        if marked:
+            found = processor.tokenizer.apply_chat_template(e.messages, chat_template=processor.chat_template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            ids, mask = torch.tensor(found['input_ids']), torch.tensor(found['assistant_masks']).bool()
+            if blank is not None: added[sizes] = blank['input_ids'].shape[1]-len(ids)
+            out.append((ids, mask, len(ids)+added[sizes]))
+        else: out.append((blank['input_ids'][0], blank['labels'][0] >= 0, blank['input_ids'].shape[1]))
+    return out
 
 def _collated(collate:Callable[[list], dict], examples:Sequence[Any])->list[tuple[Tensor, Tensor, int]]:
     "The same, by collating each example once."
     out = []
     for e in examples:
         batch = image_batch(collate([e]))
-        mask = torch.cat([torch.zeros(1), batch.weights[0, :-1]]) > 0
-        out.append((batch.tokens[0], mask, int((batch.document[0] >= 0).sum())))
+        mask, n = torch.cat([torch.zeros(1), batch.weights[0, :-1]]) > 0, int((batch.document[0] >= 0).sum())
+        out.append((batch.tokens[0, :n], mask[:n], n))
     return out
 
 def _source_hash(source:Any)->str:
@@ -287,6 +292,7 @@ def _source_hash(source:Any)->str:
     if isinstance(source, bytes): return hash_bytes(source)
     return hash_file(source) if isinstance(source, (str, Path)) else hash_bytes(str(source.size), source.tobytes())
 
+# %% ../../nbs/6_finetune/03_vision.ipynb #1958e5db
 def image_rows(
     examples:Sequence[Any], # `ImageExample`, or what `collate` takes
     processor:Any, # from `open_processor`
@@ -313,12 +319,12 @@ def image_rows(
     wide = max(len(ids) for ids, *_ in text)
     tokens, masks = (torch.stack([torch.nn.functional.pad(x[i].int(), (0, wide-len(x[0]))) for x in text]) for i in (0, 1))
     identity = hash_json([[_source_hash(x) for x in e.images] for e in kept]) if own else ''
-    rows = ImageRows.of(tokens, masks, [len(ids) for ids, *_ in text], seq_len=max(seq_len, wide-1), packing='none', name=name, tokenizer=tokenizer, identity=identity, split=split)
+    rows = ImageRows.of(tokens, masks, [len(ids) for ids, *_ in text], seq_len=seq_len, packing='none', name=name, tokenizer=tokenizer, identity=identity, split=split)
     rows.examples, rows.collate = kept, collate or (lambda some: encode_images(processor, some))
     rows.report = dict(examples=len(fits), kept=len(kept), too_long=lost-empty, without_target=empty, longest=longest, seq_len=seq_len)
     return rows
 
-# %% ../../nbs/6_finetune/03_vision.ipynb #b53b76fc
+# %% ../../nbs/6_finetune/03_vision.ipynb #11566293
 @torch.no_grad()
 def answers(
     network:Pretrained, # of the kind image-text
@@ -337,9 +343,10 @@ def answers(
     network.eval()
     try:
         for e in examples:
-            pictures = [Image.new('RGB', open_image(x).size) if blank else open_image(x).convert('RGB') for x in e.images]
+            pictures = [Image.new('RGB', open_image(x).size) if blank else _decoded(x) for x in e.images]
             found = _process(processor, [_filled(e, pictures, e.messages[:-1])], add_generation_prompt=True)
-            new = model.generate(**{k: t.to(device) for k, t in found.items() if isinstance(t, Tensor)}, generation_config=own)[0, found['input_ids'].shape[1]:]
+            given = {k: t.to(device, model.dtype if t.is_floating_point() else t.dtype) for k, t in found.items() if isinstance(t, Tensor)}
+            new = model.generate(**given, generation_config=own)[0, found['input_ids'].shape[1]:]
             out.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
     finally:
         model.generation_config = theirs

@@ -7,8 +7,8 @@ __all__ = ['AUTO', 'BACKENDS', 'METHODS', 'BESIDE', 'PretrainedShape', 'places',
            'open_pretrained', 'from_shape', 'grow_vocabulary', 'fit_vocabulary', 'part_of', 'linear_names', 'add_peft',
            'build_pretrained', 'merge_peft', 'hf_tokenizer', 'save_pretrained']
 
-# %% ../../nbs/3_models/074_pretrained.ipynb #9a08a141
-import contextlib, copy, json, math, shutil
+# %% ../../nbs/3_models/074_pretrained.ipynb #a27d482d
+import contextlib, copy, json, math, shutil, warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def places(
     first = F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
     return index-torch.where(first, index, 0).cummax(1).values
 
-# %% ../../nbs/3_models/074_pretrained.ipynb #0f9f713e
+# %% ../../nbs/3_models/074_pretrained.ipynb #05341908
 class Pretrained(nn.Module):
     "A model of transformers behind the face of `Transformer`."
     def __init__(self,
@@ -106,6 +106,7 @@ class Pretrained(nn.Module):
     )->Tensor: # [B, T, V], or [B, T, C]
         if document is not None: tokens = tokens.masked_fill((document < 0) & (tokens >= self.shape.vocab_size), 0)
         where = {} if document is None or one_document else {'position_ids': places(document)}
+        extras = {k: t.to(self.embed.weight.dtype) if t.is_floating_point() else t for k, t in extras.items()}
         found = (self.model if logits else self._stack())(input_ids=tokens, use_cache=False, **where, **extras)
         return found.logits if logits else found.last_hidden_state
 
@@ -126,9 +127,11 @@ class Pretrained(nn.Module):
     def recompute(self)->str: return self._recompute # none, full
     @recompute.setter
     def recompute(self, how:str)->None:
-        self._recompute = how
-        if how == 'full': self.model.gradient_checkpointing_enable({'use_reentrant': False})
-        elif self.model.is_gradient_checkpointing: self.model.gradient_checkpointing_disable()
+        was, self._recompute = self._recompute, how
+        if how != was:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', FutureWarning) # newer versions have another name for it
+                self.model.gradient_checkpointing_enable({'use_reentrant': False}) if how == 'full' else self.model.gradient_checkpointing_disable()
 
 # %% ../../nbs/3_models/074_pretrained.ipynb #9414c52b
 def plain_head(
@@ -163,7 +166,7 @@ def leak(
         except TypeError: network._leak = float('inf') # it takes no places
     return network._leak
 
-# %% ../../nbs/3_models/074_pretrained.ipynb #5f3dea9f
+# %% ../../nbs/3_models/074_pretrained.ipynb #d34b88de
 class HFCausal:
     "Next-token objective for a model of transformers."
     name, causal, is_bound, one_graph = 'hf', True, False, False
@@ -185,7 +188,9 @@ class HFCausal:
         raise ConfigError('a causal model reads from left to right and cannot fill a gap so that it fits what follows. Use a model of the family diffusion or sdd, or continue a prompt.')
 
     def _read(self, network:Pretrained, batch:Batch, logits:bool)->Tensor: # [B T, C or V]
-        if not batch.one_document and _several(batch) and leak(network) > 1e-4:
+        several = not batch.one_document and _several(batch)
+        if several and getattr(batch, 'extras', None): raise ConfigError('rows with pictures hold one example each. Set finetune.packing=none.')
+        if several and leak(network) > 1e-4:
             raise ConfigError(f'this model ({network.shape.config["model_type"]}) looks from one packed document into another. Give each example a row of its own: finetune.packing=none.')
         return network(batch.tokens, document=batch.document, one_document=batch.one_document, logits=logits, **(getattr(batch, 'extras', None) or {})).flatten(0, 1)
 
