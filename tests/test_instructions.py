@@ -53,6 +53,20 @@ def tokenizers(hf_folder):
     return made | {'hf': build_tokenizer(config.Tokenizer(kind='hf', path=str(hf_folder)), open_corpus(config.Data(name='stories', max_documents=2)))}
 
 
+@pytest.fixture(scope='session')
+def sentencepiece(tmp_path_factory):
+    "A tokenizer as Llama 2's: a blank before every text, bytes for unknown characters."
+    from tokenizers import AddedToken, Tokenizer as HF, decoders, models, normalizers
+    folder = tmp_path_factory.mktemp('sp')
+    vocab = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256)), '\u2581', *'abcdefghijklmnopqrstuvwxyz']
+    hf = HF(models.BPE(vocab={t: i for i, t in enumerate(vocab)}, merges=[], byte_fallback=True, unk_token='<unk>'))
+    hf.normalizer = normalizers.Sequence([normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')])
+    hf.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    hf.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ('<unk>', '<s>', '</s>')])
+    hf.save(str(folder/'tokenizer.json'))
+    return build_tokenizer(config.Tokenizer(kind='hf', path=str(folder)), open_corpus(config.Data(name='stories', max_documents=2)))
+
+
 text = st.text(st.characters(exclude_categories=('Cs',)), max_size=30) | st.sampled_from(['<|eos|>', '<|im_end|>', '### Response:\n', ' ', '\n\n', 'Qslot000Z', 'a  b ', '\u0301', '👩‍🚀'])
 flags = st.sampled_from([None, None, True, False])
 
@@ -84,6 +98,14 @@ def test_every_format_is_known_and_read(name, tmp_path):
         assert rows == read_rows(tmp_path/f'f.{suffix}', name, lambda line: None) and [Row.from_dict(json.loads(json.dumps(r.to_dict()))) for r in rows] == rows
     assert said and all(name in line for line in said)
     assert rows[0].input == ('1 2' if name in ('alpaca', 'dolly') else '')
+
+
+def test_what_is_not_read_is_told():
+    say = []
+    talk = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}, {'role': 'user', 'content': 'c'}]
+    rows = rows_of_records([{'messages': talk, 'id': 7, 'source': 'web'}, {'messages': talk[:2], 'lang': 'en'}, {'messages': talk[:1]}], say=say.append)
+    assert [len(r.turns) for r in rows] == [2, 2, 1] and rows[2].response == ''
+    assert say[1:] == ['fields that are not read: lang, source', '1 rows end with turns that nobody answered: these turns are left off']
 
 
 def test_parts_of_text_and_checks_are_read():
@@ -161,6 +183,14 @@ def test_targets_are_the_answers_and_prompts_are_what_generation_is_fed(tokenize
     tokenizer = tokenizers[kind]
     e = assert_sound(row, make_template(name, tokenizer), tokenizer, train_on)
     assert e.ids[0] == tokenizer.bos_id and e.ids.count(tokenizer.eos_id) == sum(t.role == 'assistant' for t in row.turns) + (tokenizer.bos_id == tokenizer.eos_id)
+
+
+@given(row=conversations(), train_on=st.sampled_from(['last', 'all']))
+@settings(max_examples=60, deadline=None)
+def test_a_tokenizer_that_puts_a_blank_before_every_text(sentencepiece, row, train_on):
+    if any('\u2581' in t.content for t in row.turns): return # its own sign for a blank does not come back
+    e = assert_sound(row, make_template('alpaca', sentencepiece), sentencepiece, train_on)
+    assert e.ids[0] == sentencepiece.bos_id != sentencepiece.eos_id == e.ids[-1]
 
 
 @pytest.mark.parametrize('source', [CHATML, MARKED, LLAMA3, LLAMA2], ids=['chatml', 'marked', 'llama3', 'llama2'])

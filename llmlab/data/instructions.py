@@ -94,12 +94,12 @@ def detect_format(
     raise DataError(f'cannot tell the format: of {len(records):,} records {saw}. Record {odd} has {", ".join(map(str, records[odd-1])) or "no fields"}. '
         f'Give every record the fields of one format ({"; ".join(n+": "+", ".join("/".join(g) for g in gs) for n, gs in FORMATS.items())}), or name it with finetune.format.')
 
-# %% ../../nbs/1_data/02_instructions.ipynb #ad78698a
+# %% ../../nbs/1_data/02_instructions.ipynb #8f40db20
 def _text(record:dict, key:str)->str:
     "A field that holds text; nothing and null are ''."
     value = record.get(key)
     if value is None: return ''
-    if isinstance(value, list) and value and all(isinstance(p, dict) and p.get('type') == 'text' for p in value): return ''.join(p.get('text') or '' for p in value)
+    if isinstance(value, list) and value and all(isinstance(p, dict) and p.get('type') == 'text' and isinstance(p.get('text'), str) for p in value): value = ''.join(p['text'] for p in value)
     if not isinstance(value, str): raise ValueError(f'{key} is {value!r:.60}, which is not text')
     try: value.encode()
     except UnicodeEncodeError as e: raise ValueError(f'{key} holds half a character (a lone surrogate) at position {e.start}') from e
@@ -117,7 +117,6 @@ def _turns(said:Any, role:str, content:str)->tuple[Turn,...]:
         if m.get(role) not in list(_roles): raise ValueError(f'{role} is {m.get(role)!r}; a row can hold {", ".join(_roles)}')
         if m.get('train') not in (None, True, False): raise ValueError(f'train is {m["train"]!r}; it must be true or false')
         turns.append(Turn(_roles[m[role]], _text(m, content), m.get('train')))
-    while turns and turns[-1].role != 'assistant' and any(t.role == 'assistant' for t in turns): turns.pop() # nobody answered these
     return tuple(turns)
 
 # %% ../../nbs/1_data/02_instructions.ipynb #5fe75c13
@@ -186,7 +185,21 @@ def read_records(
     if odd: raise DataError(f'{path}, record {odd}: not an object with named fields, or more fields than names: {records[odd-1]!r:.80}')
     return records
 
-# %% ../../nbs/1_data/02_instructions.ipynb #0afefabd
+# %% ../../nbs/1_data/02_instructions.ipynb #70acbfb6
+_used = {'alpaca': {'instruction', 'output', 'input'}, 'dolly': {'instruction', 'response', 'context'}, 'messages': {'messages'}, 'sharegpt': {'conversations', 'conversation'}}
+
+def _answered(row:Row)->Row:
+    "The row without the turns after its last answer; as it is where it has none."
+    last = max((i for i, t in enumerate(row.turns) if t.role == 'assistant'), default=len(row.turns)-1)
+    return row if last == len(row.turns)-1 else replace(row, turns=row.turns[:last+1])
+
+def _tell_unread(records:list[dict], kind:str, say:Callable[[str], None])->None:
+    "Say which fields of the records are not read."
+    used = _used.get(kind) or {_first(records[0], ('prompt', 'question')), _first(records[0], _ANSWERS)}
+    unread = sorted({str(k) for r in records for k in r} - used - {'category', 'checks', 'id'})
+    if unread: say(f'fields that are not read: {", ".join(unread[:8])}{", ..." if len(unread) > 8 else ""}')
+
+# %% ../../nbs/1_data/02_instructions.ipynb #d736027c
 def rows_of_records(
     records:list[dict],  # from a file, a hub, anywhere
     format:str='auto',   # one of FORMATS; auto: find out
@@ -201,6 +214,9 @@ def rows_of_records(
     for n, record in enumerate(records, 1):
         try: rows.append(_row(record, kind, f'{name}-{n}'))
         except ValueError as e: raise DataError(f'{name}-{n} is not a row of format {kind}: {e}. Mend it, or name another format with finetune.format.') from e
+    _tell_unread(records, kind, say)
+    whole, rows = rows, [_answered(r) for r in rows]
+    if cut := sum(len(a.turns) > len(b.turns) for a, b in zip(whole, rows)): say(f'{cut:,} rows end with turns that nobody answered: these turns are left off')
     return _unframed(rows, say) if kind == 'prompt' else rows
 
 def read_rows(
