@@ -107,7 +107,7 @@ def _nothing_to_learn(count:int, batch:Batch)->str:
     return (f'{count} batches in a row have no target to learn from{rows}. Were the answers cut away, or masked? '
             'Look at the report beside the prepared examples; a longer max_seq_len, or another finetune.truncation, keeps more of them.')
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #368ea8a0
+# %% ../../nbs/4_trainer/04_loop.ipynb #671db2a3
 def group_of(
     name:str, # of a parameter: blocks.3.attention.qkv.lora_B
 )->str: # blocks.attention.qkv
@@ -124,8 +124,9 @@ class Groups:
         steps:int=1, # by then each group must have had a gradient
     ):
         self.network, self.steps, self.silent = network, steps, {}
+        later = tuple(f'{name}.' for name, module in network.named_modules() if hasattr(module, 'own_optim'))
         for name, p in network.named_parameters():
-            if p.requires_grad: self.silent.setdefault(group_of(name), []).append(name)
+            if p.requires_grad and not name.startswith(later): self.silent.setdefault(group_of(name), []).append(name)
         known = {id(p) for p in optimizer.parameters}
         forgotten = sorted({group_of(name) for name, p in network.named_parameters() if p.requires_grad and id(p) not in known})
         if forgotten: raise LlmlabError(f'{", ".join(forgotten)} should train, but the optimizer does not have them. Build the optimizer after the adapters were added, and after everything is frozen that should be.')
