@@ -2,13 +2,12 @@
 import json, pickle
 from dataclasses import replace
 from functools import cache
-import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from llmlab import config
 from llmlab.data.corpora import open_corpus
-from llmlab.data.instructions import (FORMATS, Row, Segment, Turn, bundled_rows, detect_format, encode_row, encode_segments, make_template, open_template, prompt_ids,
-    read_rows, rows_of_records, trained_turns)
+from llmlab.data.formats import FORMATS, Row, Turn, bundled_rows, read_rows, rows_of_records
+from llmlab.data.instructions import Segment, encode_row, make_template, open_template, prompt_ids, trained_turns
 from llmlab.data.rendered import (asked_key, check_lengths, check_overlap, check_rows, cuttable, look, prepare_instructions, read_instructions, report_text, rows_of, sizes,
     split_rows, stack, target_fractions, truncate)
 from llmlab.data.tokenizer import build_tokenizer, train_tokenizer

@@ -8,7 +8,7 @@ __all__ = ['ROW_CHECKS', 'TRUNCATION', 'FRACTIONS', 'VERSION', 'FILES', 'Seen', 
            'asked_key', 'split_rows', 'check_overlap', 'Examples', 'check_lengths', 'stack', 'target_fractions',
            'report_text', 'render_rows', 'read_instructions', 'rows_of', 'prepare_instructions']
 
-# %% ../../nbs/1_data/03_rendered.ipynb #a76010f0
+# %% ../../nbs/1_data/03_rendered.ipynb #a2ec3a4d
 import hashlib, json, math, pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import llmlab
 from .corpora import hash_share
-from .instructions import Example, Row, Template, encode_row, prompt_ids, trained_turns
+from .formats import Row
+from .instructions import Example, Template, encode_row, prompt_ids, trained_turns
 from .tokenizer import Tokenizer
 from ..files import ConfigError, DataError, hash_file, hash_json, read_json, read_jsonl, whole_folder, write_json, write_whole
 
