@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'tokenizer_folder', 'prepare_tokenizer', 'Prepared', 'check_cache',
-           'full_rows', 'prepare', 'Parts', 'build', 'gather_parts', 'validator', 'settle_shift', 'begin_from',
-           'Result', 'write_down', 'open_run', 'resume_settings', 'check_gates', 'settle_length', 'pretrain',
-           'carry_out', 'summary', 'open_trained', 'held_out', 'chosen_metrics', 'Writing', 'about_model', 'generation',
-           'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps', 'fill']
+           'full_rows', 'prepare', 'prepare_examples', 'Parts', 'build', 'gather_parts', 'validator', 'settle_shift',
+           'begin_from', 'Result', 'write_down', 'open_run', 'resume_settings', 'check_gates', 'settle_length',
+           'pretrain', 'work_of', 'carry_out', 'summary', 'finetune', 'first_prompts', 'open_trained', 'held_out',
+           'chosen_metrics', 'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'long_context', 'evaluate',
+           'generate', 'gaps', 'fill']
 
-# %% ../nbs/80_recipes.ipynb #9878f790
+# %% ../nbs/80_recipes.ipynb #47bbff45
 import contextlib, fcntl, functools, json, math, re, time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +19,18 @@ import torch
 import llmlab.packing.inspect # gives Cache its display in a notebook
 from .config import Config, Run, load_config
 from .data.corpora import Corpus, open_corpus
+from .data.instructions import prompt_ids
+from .data.rendered import rows_of
 from .data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from .eval import evaluate as scoring
 from .eval.compare import written
 from .eval.generation import real_windows, sweep
 from .eval.longcontext import longcontext, sentences
 from .eval.metrics import baselines, byte_lengths
+from .finetune.sft import Base, Taught, settle_base, teach
+from .finetune.start import start_network
 from .files import CacheError, CheckpointError, ConfigError, DataError, LlmlabError, hash_json, read_json, read_jsonl, write_json
-from .models.transformer import flops_per_token
+from .models.transformer import Shape, flops_per_token
 from .models.zoo import build_model
 from .packing.bins import bins_tokenizer, find_bins, open_bins
 from .packing.cache import METADATA, SPLITS, Cache, build_caches, cache_folder, open_cache, repair_caches
@@ -33,7 +38,7 @@ from .packing.chunks import DamagedChunk
 from .packing.loader import Batch, Loader, check_same, in_order
 from .packing.packer import Packed
 from .trainer.checkpoint import TrainState, capture, checkpointer, find_checkpoint, latest, load_checkpoint, restore, rewind, start_from
-from .trainer.loop import Limit, every, fit
+from .trainer.loop import Limit, every, fit, patience
 from .trainer.machine import Machine, choose_device, set_up
 from .trainer.optim import Ema, build_optimizer, rate_along, total_steps, warmup_steps
 from .trainer.plots import plot_run
@@ -72,7 +77,7 @@ def _make_tokenizer(cfg:Config, corpus:Corpus, folder:Path, say:Callable[[str], 
     tokenizer.save(folder)
     return tokenizer
 
-# %% ../nbs/80_recipes.ipynb #334f3dd7
+# %% ../nbs/80_recipes.ipynb #16bba4f8
 @dataclass
 class Prepared:
     "Everything that training reads: text, vocabulary, rows."
@@ -81,7 +86,7 @@ class Prepared:
     train: Cache
     validation: Cache|None # None where nothing is held out
     tokenizer_file: Path # the tokenizer, for checkpoints
-    files: tuple[Path, ...] = () # what else a checkpoint should hold, such as a chat template
+    template: dict|None = None # how a conversation is written, where examples were (`Template.description`)
 
     def __str__(self)->str:
         t, v = self.train, self.validation
@@ -141,7 +146,7 @@ def _prepare_bins(cfg:Config, say:Callable[[str], None])->Prepared:
     if caches['train'].meta['params']['bos_id'] is None: say('Their documents have no BOS, so this model will not have seen one: give it prompts that are not empty.')
     return Prepared(None, tokenizer, caches['train'], caches.get('validation'), tokenizer_file)
 
-# %% ../nbs/80_recipes.ipynb #76072cbc
+# %% ../nbs/80_recipes.ipynb #2cfe4eb3
 def _open_part(cfg:Config, corpus:Corpus, tokenizer:Tokenizer, splits:Sequence[str])->dict[str, Cache]:
     "The caches as far as they are built."
     caches = {s: open_cache(cache_folder(corpus, tokenizer, cfg.packing, s), tokenizer) for s in splits}
@@ -170,6 +175,9 @@ def prepare(
     say:Callable[[str], None]=print, # told what happens
 )->Prepared:
     "Corpus, tokenizer and packed cache of these settings, each made only if it is missing. Raises `DataError`, `CacheError`."
+    if cfg.data.name == 'instructions' or cfg.finetune.init:
+        if mode != 'normal' or start_chunk or end_chunk is not None: raise ConfigError('examples for fine-tuning are made in one go: --mode inverse, packing.partial and chunk ranges are for a packed cache.')
+        return prepare_examples(*settle_base(cfg, say), say, force)[0]
     if cfg.data.name == 'bins':
         if force or mode == 'inverse' or start_chunk or end_chunk is not None: raise ConfigError('token files (data.name=bins) are read as they lie: there is nothing to build or to mend. Leave out --force-rebuild, --mode inverse and chunk ranges.')
         data = _prepare_bins(cfg, say)
@@ -192,6 +200,18 @@ def prepare(
     _warn_of_part(cfg, corpus, caches['train'], say)
     validation = caches.get('validation')
     return Prepared(corpus, tokenizer, caches['train'], validation if validation is not None and validation.num_targets else None, caches['train'].path/'tokenizer.json')
+
+# %% ../nbs/80_recipes.ipynb #30bb2a9f
+def prepare_examples(
+    cfg:Config, # settled (`settle_base`)
+    base:Base, # the model
+    say:Callable[[str], None]=print, # told what happens
+    force:bool=False, # make them again
+)->tuple[Prepared, Taught]: # for the trainer; with the template and where they are kept
+    "The examples of a fine-tuning, made only if they are missing. Raises `DataError`, `ConfigError`."
+    tokenizer = base.tokenizer()
+    taught = teach(cfg, tokenizer, base, say, force)
+    return Prepared(None, tokenizer, taught.train, taught.validation, taught.folder/'tokenizer.json', taught.template.description), taught
 
 # %% ../nbs/80_recipes.ipynb #99c910a2
 @dataclass
@@ -240,7 +260,7 @@ def gather_parts(
     return Parts(machine, data, network, objective, build_optimizer(network, cfg.optim, machine.device), machine.scaler(), loader,
                  torch.Generator(machine.device).manual_seed(cfg.run.seed), total_steps(cfg.trainer, data.train.num_rows, cfg.packing.seq_len), Ema(network, cfg.optim.ema) if cfg.optim.ema else None)
 
-# %% ../nbs/80_recipes.ipynb #7ca284d9
+# %% ../nbs/80_recipes.ipynb #f3d94043
 def _validated_rows(cfg:Config, state:TrainState)->int|None:
     "How many rows of the validation split are scored: as many as are wanted, of those that were there when the run began."
     return min((n for n in (cfg.trainer.eval_rows, state.validation_rows) if n is not None), default=None)
@@ -260,7 +280,7 @@ def validator(
             metrics = scoring.evaluate(parts.network, parts.objective, batches, machine=parts.machine, token_bytes=bytes_of)
             state.validated(metrics['val/loss'])
         if t.sample_tokens:
-            texts = scoring.samples(parts.network, parts.objective, data.tokenizer, t.sample_prompts, max_new_tokens=t.sample_tokens, seed=cfg.run.seed, machine=parts.machine)
+            texts = scoring.samples(parts.network, parts.objective, data.tokenizer, parts.prompts or t.sample_prompts, max_new_tokens=t.sample_tokens, seed=cfg.run.seed, machine=parts.machine)
             tracker.samples(texts, state.global_step)
         return metrics
     def validate(state:TrainState)->dict:
@@ -402,7 +422,7 @@ def settle_length(
     warm = warmup_steps(state.full_steps, cfg.optim)
     if warm >= parts.steps and cfg.optim.warmup_steps is None: say(f'The warm-up has {warm:,} steps, a share of the {state.full_steps:,} of the whole corpus; what there is of it makes only {parts.steps:,}.')
 
-# %% ../nbs/80_recipes.ipynb #9d515679
+# %% ../nbs/80_recipes.ipynb #e4b3b392
 def pretrain(
     cfg:Config, # all settings
     *,
@@ -418,6 +438,14 @@ def pretrain(
     def begin()->None:
         if cfg.model.init: begin_from(cfg, parts, say)
     return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
+
+# %% ../nbs/80_recipes.ipynb #60d4714c
+def work_of(
+    network:torch.nn.Module, # ours or another's
+    seq_len:int, # tokens that attention spans
+)->int: # floating-point operations for a token, forward and backward
+    "What training on a token costs: counted for a network of ours, six for each parameter of another (Kaplan et al. 2020, arXiv:2001.08361)."
+    return flops_per_token(network.shape, seq_len) if isinstance(network.shape, Shape) else 6*sum(p.numel() for p in network.parameters())
 
 def carry_out(
     cfg:Config, # all settings
@@ -440,11 +468,12 @@ def carry_out(
     write_down(cfg, folder)
     with open_tracker(folder, cfg.tracking, folder.name, (checkpoint or {}).get('tracker_ids'), state.global_step if resume else None, parts.steps, cfg.to_dict(), screen, say) as tracker:
         gather = functools.partial(capture, **parts.stateful(), model_config=parts.network.shape.to_dict(), train_config=cfg.to_dict(), architecture=parts.objective.name,
-                                   cache_info=parts.data.train.info(), tracker_ids=tracker.ids())
+                                   cache_info=parts.data.train.info(), tracker_ids=tracker.ids(), **({'template': parts.data.template} if parts.data.template else {}))
         fit(parts.network, parts.objective, parts.loader, parts.optimizer, total_steps=parts.steps, rate=lambda step: rate_along(step, state.lengths, cfg.optim, warmup_steps(state.full_steps, cfg.optim)),
             accumulation=cfg.trainer.gradient_accumulation_steps, clip=cfg.optim.grad_clip, machine=parts.machine, scaler=parts.scaler, generator=parts.generator, state=state, ema=parts.ema,
-            hooks=[every(cfg.trainer.eval_interval, validator(cfg, parts, tracker))], save=checkpointer(folder/'checkpoints', gather, cfg.trainer.keep_last, [parts.data.tokenizer_file, *parts.data.files]),
-            save_every=cfg.trainer.save_interval, log_every=cfg.trainer.log_interval, tracker=tracker, limit=limit, flops_per_token=flops_per_token(parts.network.shape, cfg.packing.seq_len), folder=folder)
+            hooks=[every(cfg.trainer.eval_interval, validator(cfg, parts, tracker))], save=checkpointer(folder/'checkpoints', gather, cfg.trainer.keep_last, [parts.data.tokenizer_file]),
+            save_every=cfg.trainer.save_interval, log_every=cfg.trainer.log_interval, tracker=tracker, limit=limit, flops_per_token=work_of(parts.network, cfg.packing.seq_len), folder=folder, enough=patience(cfg.trainer.patience, cfg.trainer.eval_interval),
+            check_groups=bool(cfg.finetune.init))
     parts.loader.close()
     return summary(folder, state, parts, time.monotonic()-start, _validated_rows(cfg, state))
 
@@ -462,6 +491,33 @@ def summary(
     v, t = parts.data.validation, parts.data.train
     baseline = baselines((t.chunk(i) for i in range(len(t.chunks))), (v.chunk(i) for i in range(len(v.chunks))), parts.data.tokenizer.vocab_size, rows) if v else {}
     return Result(folder, state, parts.steps, seconds, metrics, baseline, samples, plot_run(folder), sum(p.numel() for p in parts.network.parameters()))
+
+# %% ../nbs/80_recipes.ipynb #7bf02fee
+def finetune(
+    cfg:Config, # all settings; finetune.init names the model
+    *,
+    resume:Path|None=None, # a run folder to go on with (`resume_settings`)
+    limit:Limit=Limit(), # how far this sitting may go; the run may be longer
+    screen:str='auto', # how progress is shown: auto, terminal, notebook, plain, none
+    say:Callable[[str], None]=print, # told what happens
+)->Result:
+    "Tune a model on examples, from its weights to the last checkpoint. Raises `Stopped` when a signal or the limit ends the sitting early, with everything saved."
+    start = time.monotonic()
+    cfg, base = settle_base(cfg, say)
+    machine = set_up(cfg.run, say)
+    data, taught = prepare_examples(cfg, base, say)
+    network, objective = start_network(cfg, base, data.tokenizer, machine, say)
+    parts = gather_parts(cfg, machine, data, network, objective)
+    if taught.validation is not None: parts.prompts = first_prompts(taught, data.tokenizer)
+    return carry_out(cfg, parts, resume=resume, limit=limit, screen=screen, say=say, start=start)
+
+def first_prompts(
+    taught:Taught, # the examples
+    tokenizer:Tokenizer, # of the model
+    count:int=4,
+)->dict[str, list[int]]: # the instruction -> tokens that the answer follows
+    "What the model is asked at each validation: the first held-out examples."
+    return {row.instruction: prompt_ids(row, taught.template, tokenizer) for row in rows_of(taught.folder, 'validation')[:count]}
 
 # %% ../nbs/80_recipes.ipynb #0e06dc92
 def open_trained(

@@ -229,12 +229,12 @@ def open_model(
     keep = ('global_step', 'architecture', 'model_config', 'train_config', 'cache_info', 'val_loss', 'best_val_loss', 'adapter')
     return OpenModel(network.to(device).eval(), objective, tokenizer, {'path': str(path)} | {k: state.get(k) for k in keep})
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #21790821
+# %% ../../nbs/5_eval/01_evaluate.ipynb #9c53a837
 def samples(
     network:nn.Module, # in any mode
     objective:Objective, # how its family writes
     tokenizer:Tokenizer, # the one that the network was trained with
-    prompts:Iterable[str], # texts to continue; '' begins a new one
+    prompts:Iterable[str]|dict[str, list[int]], # texts to continue, '' begins a new one; or what is shown of each, and its tokens
     *,
     max_new_tokens:int=64, # length of a continuation; it ends earlier at EOS
     temperature:float=.8, # 0: always the likeliest token
@@ -244,12 +244,12 @@ def samples(
     machine:Machine=Machine(), # device, and the format of the products
 )->list[dict]: # prompt, text (what follows it), tokens (how many)
     "Continuations of fixed prompts. Same seed, same prompts, same weights: same texts."
-    prompts = list(prompts)
-    ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
+    shown = list(prompts)
+    ids = list(prompts.values()) if isinstance(prompts, dict) else [[tokenizer.bos_id, *tokenizer.encode(p)] for p in shown]
     generator = torch.Generator().manual_seed(seed) # on the CPU: the same draws whatever the device
     with looking(network), machine.autocast():
         new = objective.generate(network, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop_id=tokenizer.eos_id, generator=generator)
-    return [dict(prompt=p, text=tokenizer.decode(n), tokens=len(n)) for p, n in zip(prompts, new, strict=True)]
+    return [dict(prompt=p, text=tokenizer.decode(n), tokens=len(n)) for p, n in zip(shown, new, strict=True)]
 
 # %% ../../nbs/5_eval/01_evaluate.ipynb #b4952c24
 def generation_speed(

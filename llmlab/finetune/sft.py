@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['Base', 'find_base', 'settle_base', 'settle_epochs', 'Taught', 'teach', 'rows_from']
 
-# %% ../../nbs/6_finetune/00_sft.ipynb #c1c45d41
+# %% ../../nbs/6_finetune/00_sft.ipynb #015ad199
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from ..config import Config, Model
-from ..data.instructions import Row, Template, bundled_rows, make_template, read_rows
+from ..data.instructions import Row, Template, bundled_rows, make_template, open_template, read_rows
 from ..data.rendered import Examples, prepare_instructions
 from ..data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from ..files import CheckpointError, ConfigError, LlmlabError, hash_file, hash_json, read_json
 from ..packing.rows import Rows
 from ..trainer.runs import checkpoint_of
 
-# %% ../../nbs/6_finetune/00_sft.ipynb #3e028df8
+# %% ../../nbs/6_finetune/00_sft.ipynb #d60a3b40
 @dataclass(frozen=True)
 class Base:
     "A model to start from."
@@ -30,6 +30,11 @@ class Base:
         if self.ours or (self.path/'tokenizer.json').is_file() and 'format' in read_json(self.path/'tokenizer.json', CheckpointError): return load_tokenizer(self.path)
         from llmlab.config import Tokenizer as Settings
         return build_tokenizer(Settings(kind='hf', path=str(self.path)), None)
+
+    def template(self, name:str, tokenizer:Tokenizer)->Template: # alpaca, chat or auto
+        "How conversations are written for it; auto: as it was taught before, or as the files beside a Hugging Face model say, else alpaca."
+        taught = read_json(self.path/'meta.json', CheckpointError).get('template') if self.ours else None
+        return open_template(taught, tokenizer) if taught and name == 'auto' else make_template(name, tokenizer, None if self.ours else self.path)
 
 def _from_hub(name:str, say:Callable[[str], None])->Path:
     "The files of a model on the hub, fetched once; nothing that could run. Raises `LlmlabError`."
@@ -89,7 +94,7 @@ def settle_epochs(
         say(f'{c.total_jobs} jobs of {c.epochs_per_job:g} epochs: one run of {t.epochs:g} epochs, with one schedule')
     return cfg
 
-# %% ../../nbs/6_finetune/00_sft.ipynb #f21d2dec
+# %% ../../nbs/6_finetune/00_sft.ipynb #4fec9f76
 @dataclass
 class Taught:
     "The examples of a fine-tuning, as rows, and what they are made of."
@@ -111,13 +116,13 @@ def _source(cfg:Config, say:Callable[[str], None])->tuple[list[Row], dict]:
 def teach(
     cfg:Config, # sections data, packing, finetune
     tokenizer:Tokenizer, # of the model
-    template_folder:Path|None=None, # where the model's own chat template is
+    base:Base|None=None, # the model, for its own template
     say:Callable[[str], None]=print, # told what was found, cut and dropped
     force:bool=False, # make them again
 )->Taught:
     "The examples of these settings as rows; made where they are missing. Raises `DataError`, `ConfigError`."
     f = cfg.finetune
-    template = make_template(f.template, tokenizer, template_folder)
+    template = base.template(f.template, tokenizer) if base else make_template(f.template, tokenizer)
     rows, source = _source(cfg, say)
     name = f'{source["name"].split(".")[0]}-{template.name}-{cfg.packing.seq_len}-{hash_json([source, template.description, tokenizer.fingerprint])[:6]}'
     folder = Path(f.folder)/name
