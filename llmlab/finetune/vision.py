@@ -7,7 +7,7 @@ __all__ = ['TEMPLATE', 'COLOURS', 'NOT_EXTRA', 'tiny_vision', 'colour_records', 
            'read_image_examples', 'open_processor', 'marks_answers', 'encode_images', 'check_answers', 'image_batch',
            'ImageReader', 'ImageRows', 'image_rows', 'answers', 'look']
 
-# %% ../../nbs/6_finetune/03_vision.ipynb #442c4aa4
+# %% ../../nbs/6_finetune/03_vision.ipynb #5bdf4125
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from ..files import ConfigError, DataError, hash_bytes, hash_file, hash_json
+from ..models.lora import weights_hash
 from ..models.pretrained import Pretrained
 from ..packing.loader import Batch
 from ..packing.order import Order
@@ -258,7 +259,7 @@ class ImageRows(Rows):
         "Batches by position, for the loader."
         return ImageReader(self, order)
 
-# %% ../../nbs/6_finetune/03_vision.ipynb #34c9b1a2
+# %% ../../nbs/6_finetune/03_vision.ipynb #aaee656e
 def _sizes(example:ImageExample)->tuple: return tuple(open_image(x).size for x in example.images)
 
 def _text_side(processor:Any, examples:Sequence[ImageExample])->list[tuple[Tensor, Tensor, int]]: # of each: ids, mask [T], tokens with its pictures
@@ -278,21 +279,22 @@ def _text_side(processor:Any, examples:Sequence[ImageExample])->list[tuple[Tenso
         else: out.append((blank['input_ids'][0], blank['labels'][0] >= 0, blank['input_ids'].shape[1]))
     return out
 
-def _collated(collate:Callable[[list], dict], examples:Sequence[Any])->list[tuple[Tensor, Tensor, int]]:
-    "The same, by collating each example once."
-    out = []
+def _collated(collate:Callable[[list], dict], examples:Sequence[Any])->tuple[list[tuple[Tensor, Tensor, int]], list[str]]: # the same; a hash of the further tensors of each
+    "Lengths by collating each example once."
+    out, seals = [], []
     for e in examples:
         batch = image_batch(collate([e]))
         mask, n = torch.cat([torch.zeros(1), batch.weights[0, :-1]]) > 0, int((batch.document[0] >= 0).sum())
         out.append((batch.tokens[0, :n], mask[:n], n))
-    return out
+        seals.append(weights_hash(batch.extras))
+    return out, seals
 
 def _source_hash(source:Any)->str:
     if isinstance(source, Mapping): source = source.get('bytes') or source.get('path')
     if isinstance(source, bytes): return hash_bytes(source)
     return hash_file(source) if isinstance(source, (str, Path)) else hash_bytes(str(source.size), source.tobytes())
 
-# %% ../../nbs/6_finetune/03_vision.ipynb #1958e5db
+# %% ../../nbs/6_finetune/03_vision.ipynb #d750606c
 def image_rows(
     examples:Sequence[Any], # `ImageExample`, or what `collate` takes
     processor:Any, # from `open_processor`
@@ -307,8 +309,7 @@ def image_rows(
 )->ImageRows:
     "Examples as rows for the loader. Reads the size of each picture, and its bytes once for a fingerprint. Raises `DataError`."
     if not len(examples): raise DataError('there is no example with pictures: the file or the split is empty.')
-    own = collate is None
-    found = _text_side(processor, examples) if own else _collated(collate, examples)
+    found, seals = (_text_side(processor, examples), [hash_json([_source_hash(x) for x in e.images]) for e in examples]) if collate is None else _collated(collate, examples)
     fits = [n <= seq_len+1 and bool(mask[1:].any()) for _, mask, n in found]
     longest, lost = max(n for *_, n in found), len(fits)-sum(fits)
     empty = sum(not mask[1:].any() for _, mask, _ in found)
@@ -318,8 +319,9 @@ def image_rows(
     kept, text = [e for e, fit in zip(examples, fits) if fit], [x for x, fit in zip(found, fits) if fit]
     wide = max(len(ids) for ids, *_ in text)
     tokens, masks = (torch.stack([torch.nn.functional.pad(x[i].int(), (0, wide-len(x[0]))) for x in text]) for i in (0, 1))
-    identity = hash_json([[_source_hash(x) for x in e.images] for e in kept]) if own else ''
-    rows = ImageRows.of(tokens, masks, [len(ids) for ids, *_ in text], seq_len=seq_len, packing='none', name=name, tokenizer=tokenizer, identity=identity, split=split)
+    laid = Rows.of(tokens, masks, [len(ids) for ids, *_ in text], seq_len=seq_len, packing='none', name=name, tokenizer=tokenizer, split=split)
+    laid.chunks[0]['digest'] += hash_json([seal for seal, fit in zip(seals, fits) if fit]) # other pictures are other data
+    rows = ImageRows(laid.packed, laid.path, laid.meta)
     rows.examples, rows.collate = kept, collate or (lambda some: encode_images(processor, some))
     rows.report = dict(examples=len(fits), kept=len(kept), too_long=lost-empty, without_target=empty, longest=longest, seq_len=seq_len)
     return rows
