@@ -371,7 +371,7 @@ def count(
         window.add('loss', loss.sum, batch.num_targets)
         for name, (total, number) in loss.parts.items(): window.add(name, total, number)
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #e28cb789
+# %% ../../nbs/4_trainer/04_loop.ipynb #87fcfe14
 @dataclass
 class Between:
     "What follows a step, and the objects of the run that it needs."
@@ -415,9 +415,8 @@ class Between:
     def write(self)->Path|None:
         "Write a checkpoint now."
         if not self.save: return None
-        self.watch.settle()
+        self.watch.settle(); self.clock.tick()
         self.state.pending = self.window.state()
-        self.clock.tick()
         path = self.save.do(self.state)
         self.clock.pause_ends()
         return path
@@ -433,7 +432,7 @@ class Between:
         if self.save: self.tracker.say(f'{why}: step {self.state.global_step:,} is done; saving, then leaving. (Ctrl-C now leaves without saving.)')
         raise Stopped(why, self.state.global_step, self.write())
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #e48e25e3
+# %% ../../nbs/4_trainer/04_loop.ipynb #d5e305be
 def compiled(
     objective:Objective, # `one_graph`: may its loss be compiled as a whole? (yes, where it does not say)
     network:nn.Module, # else it is compiled, in place
@@ -443,6 +442,7 @@ def compiled(
     network.compile()
     return objective.loss
 
+# %% ../../nbs/4_trainer/04_loop.ipynb #e5d541c0
 @machine_errors()
 def fit(
     network:nn.Module, # on the machine's device
