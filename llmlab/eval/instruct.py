@@ -8,14 +8,15 @@ __all__ = ['RATIOS', 'PARTS', 'SHOWN', 'Asked', 'ask', 'ask_all', 'answer_nats',
            'measure', 'instruct', 'instruct_lines', 'shown_rows', 'instruct_markdown', 'instruct_html',
            'write_instruct']
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #e4f6dbb8
+# %% ../../nbs/5_eval/07_instruct.ipynb #d2b64885
 import html, json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, torch
-from ..data.instructions import Row, Template, Turn, encode_row, prompt_ids
+from ..data.formats import Row, Turn
+from ..data.instructions import Template, encode_row, prompt_ids
 from ..data.tokenizer import Tokenizer
 from .answers import LEAKS, bootstrap, chrf, chrf_rows, exact_match, form, rouge_l, sign_test, token_f1
 from .evaluate import OpenModel, looking, score
