@@ -220,7 +220,7 @@ class Tracking(Section):
     wandb: Literal['auto', 'online', 'offline', 'off'] = Field('auto', description='auto: online with a key, offline without')
     wandb_project: str = Field('llmlab', description='W&B project')
 
-# %% ../nbs/01_config.ipynb #306d0820
+# %% ../nbs/01_config.ipynb #08e11b63
 class Peft(Section):
     "Parameter-efficient fine-tuning."
     method: Literal['full', 'lora', 'qlora', 'dora'] = Field('full', description='full: all weights')
@@ -235,7 +235,7 @@ class Finetune(Section):
     best: bool = Field(False, description='of a run, its checkpoint with the lowest validation loss instead of the newest')
     format: Literal['auto', 'alpaca', 'dolly', 'messages', 'sharegpt', 'prompt'] = Field('auto', description='of the file of instructions; auto: found out, and said')
     template: Literal['auto', 'alpaca', 'chat'] = Field('auto', description="how a conversation becomes text; auto: the model's own chat template where it has one, else alpaca")
-    train_on: Literal['last', 'all'] = Field('last', description='of a conversation with several answers, which are learned')
+    train_on: Literal['last', 'all', 'listed'] = Field('last', description='of a conversation with several answers, which are learned; listed: those that say train: true')
     truncation: Literal['drop', 'truncate_prompt', 'truncate_response', 'error'] = Field('drop', description='what happens to an example that is longer than a row')
     max_lost_fraction: float = Field(0.05, ge=0, le=1, description='refuse to start where more than this share of what is to be learned is lost to truncation')
     packing: Literal['isolated', 'none'] = Field('isolated', description='isolated: several examples in a row, none sees another; none: one in each row')
@@ -573,16 +573,25 @@ def contradictions(c:Config)->Iterator[tuple[str, str]]:
     if heads and kv and heads % kv: yield 'model.num_kv_heads', f'must divide num_heads (got {kv} for {heads})'
     if heads and c.model.d_model and c.model.d_model % heads: yield 'model.num_heads', f'must divide d_model (got {heads} for {c.model.d_model})'
 
-# %% ../nbs/01_config.ipynb #a2ebde59
+# %% ../nbs/01_config.ipynb #48e50918
+def _on_top_of(under:str, src:Source, say:Callable[[str], None])->Source:
+    "The settings of a preset, and over them those that somebody has given, by their present names."
+    _present_names(src, say)
+    data = src.values.get('data')
+    if isinstance(data, dict) and data.get('file') and 'name' not in data: data['name'] = 'file'
+    return _merge(read_config(under), src)
+
 def load_config(
     source:str|Path|dict|None=None, # a file, a preset's name, nested settings; None: only defaults
     overrides:Iterable[str]=(), # 'a.b=value' pairs: the last word
     say:Callable[[str], None]=lambda line: None, # told what was renamed or put right
+    under:str|None=None, # a preset whose settings hold where nothing else is said
 )->Config:
     "The checked settings. Raises one ConfigError that lists every problem with its key, its place and the nearest known key."
     if isinstance(source, dict): src = Source(values=_merge(Source(), Source(values=source)).values)
     else: src = read_config(source) if source is not None else Source()
     src = _merge(src, read_overrides(overrides))
+    if under: src = _on_top_of(under, src, say)
     _normalise(src, say)
     config, problems = _check(src)
     problems = src.problems + problems
