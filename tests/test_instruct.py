@@ -1,13 +1,12 @@
 "Following instructions: verifiers, scores and intervals against plain counting; models that know the answers, that ignore the prompt, of every family."
 import builtins, json, math
 from dataclasses import replace
-from itertools import combinations
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from llmlab import tiny
 from llmlab.config import Model, Tokenizer
 from llmlab.data.corpora import open_corpus
-from llmlab.data.formats import Row, Turn, bundled_rows, read_rows
+from llmlab.data.formats import Row, Turn, bundled_rows
 from llmlab.data.instructions import make_template
 from llmlab.data.tokenizer import build_tokenizer
 from llmlab.eval import answers
@@ -123,12 +122,6 @@ def test_scores_are_shares(a, b):
     for f in (token_f1, rouge_l):
         assert 0 <= f(a, b) <= 1 and f(a, b) == f(b, a) and f(a, a) == 1
     assert rouge_l(a, b) <= token_f1(a, b)+1e-12
-
-
-def test_rouge_of_english_is_that_of_the_package():
-    scorer = pytest.importorskip('rouge_score.rouge_scorer')
-    for a, b in (('the cat sat on the mat', 'the cat lay on a mat'), ('a b c', 'c b a')):
-        assert rouge_l(a, b) == pytest.approx(scorer.RougeScorer(['rougeL']).score(b, a)['rougeL'].fmeasure)
 
 
 def test_without_sacrebleu(monkeypatch):
@@ -321,21 +314,24 @@ def test_baselines():
 
 # ---- real models of every family ----------------------------------------------------------------------------------------------------
 
-def trained(family:str, steps:int)->OpenModel:
+def learn(model:OpenModel, steps:int)->OpenModel:
     "The task learned. Families that write a canvas of a given length meet every length: end tokens fill it, none to all that fit."
-    special = tokenizer.special
-    objective = make_objective(Model.model_validate(dict(architecture=family, sdd=dict(k=8))), special)
-    network = add_extras(build(shape, seed=0), objective)
     asked, g = asked_of(rows), np.random.default_rng(0)
     def filled(a):
-        more = 0 if family == 'ar' else int(g.integers(0, 9-len(a.answer)))
+        more = int(g.integers(0, 9-len(a.answer))) if model.objective.is_bound else 0
         return replace(a, answer=a.answer+[tokenizer.eos_id]*more, counts=a.counts+[True]*more)
-    optimizer, draws = torch.optim.AdamW(network.parameters(), 5e-3), torch.Generator().manual_seed(0)
+    optimizer, draws = torch.optim.AdamW(model.network.parameters(), 5e-3), torch.Generator().manual_seed(0)
     for _ in range(steps):
         b = _batch([(asked[i].prompt, filled(asked[i])) for i in g.permutation(16)])
-        loss = objective.loss(network, b, draws)
+        loss = model.objective.loss(model.network, b, draws)
         optimizer.zero_grad(); (loss.sum/b.num_targets).backward(); optimizer.step()
-    return OpenModel(network.eval(), objective, tokenizer, {'path': family})
+    model.network.eval()
+    return model
+
+
+def trained(family:str, steps:int)->OpenModel:
+    objective = make_objective(Model.model_validate(dict(architecture=family, sdd=dict(k=8))), tokenizer.special)
+    return learn(OpenModel(add_extras(build(shape, seed=0), objective), objective, tokenizer, {'path': family}), steps)
 
 
 @pytest.fixture(scope='module', params=['ar', 'diffusion', 'sdd'])
@@ -365,6 +361,18 @@ def test_batches_do_not_matter(family):
     asked = asked_of(rows)
     one, all_ = (answer_nats(tuned, [(a.prompt, a) for a in asked], batch_rows=n, draws=2) for n in (1, 16))
     np.testing.assert_allclose(one, all_, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hugging_face_model(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    from llmlab.models.pretrained import HFCausal, open_pretrained
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=96)).save_pretrained(tmp_path)
+    base, tuned = (OpenModel(open_pretrained(tmp_path).eval(), HFCausal(), tokenizer, {'path': name}) for name in ('base', 'tuned'))
+    learn(tuned, 150)
+    found = instruct(tuned, rows, template, base=base, max_new_tokens=8)
+    assert found['intervals']['instruct/gain_swapped'][0] > 0 and found['intervals']['instruct/rank_accuracy'][0] > .125 and found['against_base']['nll']['high'] < 0
+    assert found['instruct/chrf'] > found['base']['instruct/chrf'] and found['instruct/stopped'] > .5
 
 
 def test_a_base_with_another_tokenizer():

@@ -161,7 +161,7 @@ def ranking(
                       rank_blind=point(blind(asked[i]), [blind(b) for b in found]))
     return out
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #eafbba28
+# %% ../../nbs/5_eval/07_instruct.ipynb #4fb7a74f
 def write_answers(
     model:OpenModel, # on the machine's device
     asked:Sequence[Asked], # rows
@@ -175,10 +175,11 @@ def write_answers(
     "The likeliest answer of the model to each row."
     order, ends = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt)), list(template.stop_ids(model.tokenizer))
     out:list = [None]*len(asked)
+    first = next((a.answer[-1] for a in asked if a.answer[-1] in ends), ends[0]) # what the template writes after an answer
     with looking(model.network), machine.autocast():
         for s in range(0, len(order), batch_rows):
             part = order[s:s+batch_rows]
-            new = model.objective.generate(model.network, [asked[i].prompt for i in part], max_new_tokens=max_new_tokens, temperature=0., stop_id=ends[0], generator=torch.Generator().manual_seed(seed))
+            new = model.objective.generate(model.network, [asked[i].prompt for i in part], max_new_tokens=max_new_tokens, temperature=0., stop_id=first, generator=torch.Generator().manual_seed(seed))
             for i, ids in zip(part, new, strict=True):
                 end = next((n for n, t in enumerate(ids) if t in ends), len(ids))
                 out[i] = model.tokenizer.decode(ids[:end]), end < max_new_tokens
