@@ -250,13 +250,23 @@ def test_vocabulary_grows_for_the_end_of_text(tmp_path):
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**small_, tie_word_embeddings=tie)).save_pretrained(tmp_path/str(tie))
         network, said = open_pretrained(tmp_path/str(tie)), []
         bytes_ = train_tokenizer([], TokenizerSettings(kind='byte'))
-        fit_vocabulary(network, bytes_, said.append)
+        grown = fit_vocabulary(network, bytes_, said.append)
         assert len(said) == 1 and 'from 256 to 259' in said[0]
         assert network.shape.vocab_size == len(network.head_weight) == network.model.config.vocab_size == 259
         assert (network.head_weight is network.embed.weight) == tie
         assert_close(network.embed.weight[258], network.embed.weight[:256].mean(0))
         again = build_pretrained(network.shape.to_dict())
         again.load_state_dict(network.state_dict())
+        add_peft(network, r=2, train=grown, base=tmp_path/str(tie)) # its new rows must learn, though all else is frozen
+        learn = {n for n, p in network.named_parameters() if p.requires_grad and '.lora_' not in n}
+        assert learn == set(grown) and len(grown) == 2-tie
+        row = torch.randint(256, (1, 12))
+        row[:, -1] = 258
+        train(network, batch=plain(row))
+        reborn = build_pretrained(network.shape.to_dict(), network.adapter)
+        reborn.load_state_dict({n: t for n, t in network.state_dict().items() if '.lora_' in n or 'embed' in n or 'lm_head' in n}, strict=False)
+        with torch.no_grad(): assert torch.equal(reborn(row), network(row))
+        with torch.no_grad(): assert_close(merge_peft(reborn)(row), network(row), atol=1e-5, rtol=1e-5)
 
 
 def test_memory_can_be_saved_by_computing_again(tmp_path):

@@ -3,7 +3,7 @@ import pytest, torch
 from torch.testing import assert_close
 from llmlab.config import Optim
 from llmlab.files import ConfigError, DataError
-from llmlab.finetune.vision import COLOURS, answers, check_answers, colour_records, encode_images, image_batch, image_rows, look, open_processor, read_image_examples, tiny_vision
+from llmlab.finetune.vision import COLOURS, answers, check_answers, colour_records, encode_images, image_batch, image_rows, freeze_unused, look, open_processor, read_image_examples, tiny_vision
 from llmlab.models.pretrained import HFCausal, add_peft, build_pretrained, leak, linear_names, merge_peft, open_pretrained, part_of, plain_head, save_pretrained
 from llmlab.packing.loader import Batch, Loader, in_order
 from llmlab.trainer.loop import fit
@@ -256,3 +256,16 @@ def test_what_cannot_be_opened_says_why(models, tmp_path):
     shutil.copytree(models['llava'], tmp_path/'bare')
     (tmp_path/'bare'/'chat_template.jinja').unlink()
     with pytest.raises(ConfigError, match='no chat template'): open_processor(tmp_path/'bare')
+
+
+def test_what_the_loss_cannot_reach_is_frozen(models):
+    "Then the trainer's look at the gradients finds nothing amiss, whole towers or adapters."
+    for kind in KINDS:
+        for targets in (None, 'all-linear', 'vision'):
+            network, processor = opened(models, kind)
+            rows, said = rows_of(processor), []
+            if targets: add_peft(network, r=2, targets=targets)
+            frozen = freeze_unused(network, all_of(rows), said.append)
+            assert [n.rpartition('.')[0] for n in frozen] == ['model.model.vision_tower.post_layernorm']*2*(kind == 'llava' and not targets) and len(said) == bool(frozen)
+            assert all(p.grad is None for p in network.parameters())
+            fit(network, hf, Loader(rows, 3, seed=0, workers=0), build_optimizer(network, Optim(name='adamw', lr=1e-3)), total_steps=2, save_every=10**6, check_groups=True)

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['TEMPLATE', 'COLOURS', 'NOT_EXTRA', 'tiny_vision', 'colour_records', 'ImageExample', 'open_image',
            'read_image_examples', 'open_processor', 'marks_answers', 'encode_images', 'check_answers', 'image_batch',
-           'ImageReader', 'ImageRows', 'image_rows', 'answers', 'look']
+           'ImageReader', 'ImageRows', 'image_rows', 'answers', 'look', 'freeze_unused']
 
-# %% ../../nbs/6_finetune/03_vision.ipynb #5bdf4125
+# %% ../../nbs/6_finetune/03_vision.ipynb #181698fd
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor
 from ..files import ConfigError, DataError, hash_bytes, hash_file, hash_json
 from ..models.lora import weights_hash
-from ..models.pretrained import Pretrained
+from ..models.pretrained import HFCausal, Pretrained
 from ..packing.loader import Batch
 from ..packing.order import Order
-from ..packing.rows import Masked, Rows
+from ..packing.rows import Rows
 
 # %% ../../nbs/6_finetune/03_vision.ipynb #e3f608ed
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{% for c in m.content %}{{ c.text }}{% endfor %}{{ eos_token }}{% endgeneration %}"
@@ -364,3 +364,20 @@ def look(
     shown, pixels = batch.extras, batch.extras['pixel_values']
     one, two = (network(batch.tokens, document=batch.document, one_document=True, **shown | {'pixel_values': p}) for p in (pixels, torch.zeros_like(pixels)))
     return (one-two)[batch.document >= 0].abs().max().item()
+
+# %% ../../nbs/6_finetune/03_vision.ipynb #6889747f
+def freeze_unused(
+    network:Pretrained, # trained as a whole
+    batch:Batch, # any, with pictures, on its device
+    say:Callable[[str], None]=print, # told what was frozen
+)->list[str]: # names of the parameters that were frozen
+    "Freeze what the loss of a batch does not depend on. Costs one backward pass. Deterministic: a resumed run freezes the same."
+    if network.adapter: return []
+    learn, was = {n: p for n, p in network.named_parameters() if p.requires_grad}, network.training
+    network.eval() # draws nothing
+    found = torch.autograd.grad(HFCausal().loss(network, batch).sum, list(learn.values()), allow_unused=True)
+    network.train(was)
+    unused = [name for name, g in zip(learn, found) if g is None]
+    for name in unused: learn[name].requires_grad_(False)
+    if unused: say(f'{len(unused)} of {len(learn)} tensors cannot learn from this data, the loss does not depend on them; they are frozen: {", ".join(unused[:3])}{", ..." if len(unused) > 3 else ""}')
+    return unused

@@ -330,7 +330,7 @@ def from_shape(
         if shape.generation: model.generation_config = GenerationConfig.from_dict(shape.generation)
     return Pretrained(model, shape).eval()
 
-# %% ../../nbs/3_models/074_pretrained.ipynb #5926bb4f
+# %% ../../nbs/3_models/074_pretrained.ipynb #bd3b969a
 @torch.no_grad()
 def grow_vocabulary(
     network:Pretrained,
@@ -346,16 +346,18 @@ def fit_vocabulary(
     network:Pretrained,
     tokenizer:Tokenizer, # whose ids it will read
     say:Callable[[str], None]=print, # told if the network grew
-)->None:
+)->list[str]: # names of the parameters that grew: with adapters, these must learn as a whole (`add_peft(train=...)`)
     "Make room for BOS and EOS. Raises `ConfigError` for the tokenizer of another model."
     old, special = network.shape.vocab_size, tokenizer.special
     ordinary = max((i for i in range(tokenizer.vocab_size) if i not in special.values()), default=-1)
     if ordinary >= old: raise ConfigError(f'the tokenizer has ids up to {ordinary:,} and the model knows {old:,}: they do not belong together. Set tokenizer.kind=hf and tokenizer.path to the folder of the model.')
     needed = 1+max(special['BOS'], special['EOS'])
-    if needed <= old: return
+    if needed <= old: return []
     names = ' and '.join(n for n in ('BOS', 'EOS') if special[n] >= old)
     grow_vocabulary(network, needed)
     say(f'the model has no token for {names}: its vocabulary grew from {old:,} to {needed:,}')
+    tables = (network.embed.weight, network.head_weight)
+    return [n for n, p in network.named_parameters() if any(p is t for t in tables)]
 
 # %% ../../nbs/3_models/074_pretrained.ipynb #d16f0262
 METHODS = ('lora', 'dora', 'qlora')
