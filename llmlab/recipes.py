@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'tokenizer_folder'
            'chosen_metrics', 'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'long_context', 'evaluate',
            'generate', 'gaps', 'fill']
 
-# %% ../nbs/80_recipes.ipynb #47bbff45
+# %% ../nbs/80_recipes.ipynb #863c8492
 import contextlib, fcntl, functools, json, math, re, time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +22,14 @@ from .data.corpora import Corpus, open_corpus
 from .data.instructions import prompt_ids
 from .data.rendered import rows_of
 from .data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from .data.userfile import load_user_file
 from .eval import evaluate as scoring
 from .eval.compare import written
 from .eval.generation import real_windows, sweep
 from .eval.longcontext import longcontext, sentences
 from .eval.metrics import baselines, byte_lengths
-from .finetune.sft import Base, Taught, settle_base, teach
+from .finetune.examples import gather_examples, looks
+from .finetune.sft import Base, Taught, settle_base
 from .finetune.start import start_network
 from .files import CacheError, CheckpointError, ConfigError, DataError, LlmlabError, hash_json, read_json, read_jsonl, write_json
 from .models.transformer import Shape, flops_per_token
@@ -201,7 +203,7 @@ def prepare(
     validation = caches.get('validation')
     return Prepared(corpus, tokenizer, caches['train'], validation if validation is not None and validation.num_targets else None, caches['train'].path/'tokenizer.json')
 
-# %% ../nbs/80_recipes.ipynb #30bb2a9f
+# %% ../nbs/80_recipes.ipynb #15872a77
 def prepare_examples(
     cfg:Config, # settled (`settle_base`)
     base:Base, # the model
@@ -210,8 +212,9 @@ def prepare_examples(
 )->tuple[Prepared, Taught]: # for the trainer; with the template and where they are kept
     "The examples of a fine-tuning, made only if they are missing. Raises `DataError`, `ConfigError`."
     tokenizer = base.tokenizer()
-    taught = teach(cfg, tokenizer, base, say, force)
-    return Prepared(None, tokenizer, taught.train, taught.validation, taught.folder/'tokenizer.json', taught.template.description), taught
+    taught = gather_examples(cfg, base, tokenizer, say, force)
+    kept = taught.folder/'tokenizer.json' if taught.folder else tokenizer.save(Path(cfg.finetune.folder)/'tokenizers'/tokenizer.fingerprint[:8])
+    return Prepared(None, tokenizer, taught.train, taught.validation, kept, taught.template.description if taught.template else None), taught
 
 # %% ../nbs/80_recipes.ipynb #99c910a2
 @dataclass
@@ -260,7 +263,7 @@ def gather_parts(
     return Parts(machine, data, network, objective, build_optimizer(network, cfg.optim, machine.device), machine.scaler(), loader,
                  torch.Generator(machine.device).manual_seed(cfg.run.seed), total_steps(cfg.trainer, data.train.num_rows, cfg.packing.seq_len), Ema(network, cfg.optim.ema) if cfg.optim.ema else None)
 
-# %% ../nbs/80_recipes.ipynb #f3d94043
+# %% ../nbs/80_recipes.ipynb #cd467931
 def _validated_rows(cfg:Config, state:TrainState)->int|None:
     "How many rows of the validation split are scored: as many as are wanted, of those that were there when the run began."
     return min((n for n in (cfg.trainer.eval_rows, state.validation_rows) if n is not None), default=None)
@@ -279,8 +282,9 @@ def validator(
             batches = in_order(data.validation, t.batch_size, _validated_rows(cfg, state), parts.machine.device)
             metrics = scoring.evaluate(parts.network, parts.objective, batches, machine=parts.machine, token_bytes=bytes_of)
             state.validated(metrics['val/loss'])
-        if t.sample_tokens:
-            texts = scoring.samples(parts.network, parts.objective, data.tokenizer, parts.prompts or t.sample_prompts, max_new_tokens=t.sample_tokens, seed=cfg.run.seed, machine=parts.machine)
+        prompts = t.sample_prompts if parts.prompts is None else parts.prompts
+        if t.sample_tokens and prompts:
+            texts = scoring.samples(parts.network, parts.objective, data.tokenizer, prompts, max_new_tokens=t.sample_tokens, seed=cfg.run.seed, machine=parts.machine)
             tracker.samples(texts, state.global_step)
         return metrics
     def validate(state:TrainState)->dict:
@@ -422,7 +426,7 @@ def settle_length(
     warm = warmup_steps(state.full_steps, cfg.optim)
     if warm >= parts.steps and cfg.optim.warmup_steps is None: say(f'The warm-up has {warm:,} steps, a share of the {state.full_steps:,} of the whole corpus; what there is of it makes only {parts.steps:,}.')
 
-# %% ../nbs/80_recipes.ipynb #e4b3b392
+# %% ../nbs/80_recipes.ipynb #96d9fc0a
 def pretrain(
     cfg:Config, # all settings
     *,
@@ -435,11 +439,11 @@ def pretrain(
     if cfg.finetune.init: raise ConfigError(f'finetune.init asks to start from {cfg.finetune.init}, but this is pretraining. Fine-tune with llmlab_finetune, or leave finetune.init out; model.init starts pretraining from other weights.')
     start, cfg = time.monotonic(), settle_shift(cfg, say)
     parts = build(cfg, say)
-    def begin()->None:
+    def begin(folder:Path)->None:
         if cfg.model.init: begin_from(cfg, parts, say)
     return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
 
-# %% ../nbs/80_recipes.ipynb #60d4714c
+# %% ../nbs/80_recipes.ipynb #7c01778f
 def work_of(
     network:torch.nn.Module, # ours or another's
     seq_len:int, # tokens that attention spans
@@ -450,7 +454,7 @@ def work_of(
 def carry_out(
     cfg:Config, # all settings
     parts:Parts, # of this run
-    begin:Callable[[], None]=lambda: None, # done to a run that is new, before anything else
+    begin:Callable[[Path], None]=lambda folder: None, # done to a run that is new, before its first step
     *,
     resume:Path|None=None, # a run folder to go on with
     limit:Limit=Limit(), # how far this sitting may go
@@ -461,7 +465,7 @@ def carry_out(
     "What pretraining and fine-tuning have in common: a run folder, the loop, the end. Raises `Stopped`."
     start = time.monotonic() if start is None else start
     folder, checkpoint = open_run(cfg, resume, say)
-    if checkpoint is None: begin()
+    if checkpoint is None: begin(folder)
     state = _into(parts, checkpoint)
     settle_length(cfg, parts, state, say)
     check_gates(cfg, state, say)
@@ -492,7 +496,7 @@ def summary(
     baseline = baselines((t.chunk(i) for i in range(len(t.chunks))), (v.chunk(i) for i in range(len(v.chunks))), parts.data.tokenizer.vocab_size, rows) if v else {}
     return Result(folder, state, parts.steps, seconds, metrics, baseline, samples, plot_run(folder), sum(p.numel() for p in parts.network.parameters()))
 
-# %% ../nbs/80_recipes.ipynb #7bf02fee
+# %% ../nbs/80_recipes.ipynb #732eeaae
 def finetune(
     cfg:Config, # all settings; finetune.init names the model
     *,
@@ -506,10 +510,12 @@ def finetune(
     cfg, base = settle_base(cfg, say)
     machine = set_up(cfg.run, say)
     data, taught = prepare_examples(cfg, base, say)
-    network, objective = start_network(cfg, base, data.tokenizer, machine, say)
+    network, objective = start_network(cfg, base, data.tokenizer, machine, say, 'image-text' if looks(base) else 'causal')
     parts = gather_parts(cfg, machine, data, network, objective)
-    if taught.validation is not None: parts.prompts = first_prompts(taught, data.tokenizer)
-    return carry_out(cfg, parts, resume=resume, limit=limit, screen=screen, say=say, start=start)
+    parts.prompts = first_prompts(taught, data.tokenizer) if taught.folder and taught.validation is not None else {}
+    def begin(folder:Path)->None:
+        if cfg.data.name == 'file': load_user_file(cfg.data.file, copy_to=folder) # what was run, beside what it gave
+    return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
 
 def first_prompts(
     taught:Taught, # the examples

@@ -82,7 +82,7 @@ def chat(
         turns.append(Turn('assistant', answer(model, turns, machine=machine, **dials)))
         yield turns[-1].content
 
-# %% ../nbs/82_tuned.ipynb #6ab08616
+# %% ../nbs/82_tuned.ipynb #26d1e0ab
 def held_out_rows(
     model:scoring.OpenModel, # an open checkpoint
     say:Callable[[str], None]=lambda line: None, # told what happens
@@ -91,6 +91,7 @@ def held_out_rows(
     cfg = Config.model_validate(model.info['train_config'])
     if not cfg.finetune.init: raise DataError(f'{model.info["path"]} was not fine-tuned, so there are no examples that it held out. Give some: --examples FILE')
     taught = prepare_examples(*settle_base(cfg, lambda line: None), say)[1]
+    if taught.folder is None: raise DataError('this run learned from examples that no template wrote (pictures, tokens, a collator), and instruct asks questions of text. Give some: --examples FILE')
     if taught.validation is None: raise DataError('this run held nothing out (data.validation_fraction is 0). Give other examples: --examples FILE')
     return rows_of(taught.folder, 'validation'), [r.response for r in rows_of(taught.folder, 'train')]
 
