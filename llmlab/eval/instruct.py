@@ -8,8 +8,8 @@ __all__ = ['RATIOS', 'PARTS', 'SHOWN', 'Asked', 'ask', 'ask_all', 'answer_nats',
            'measure', 'instruct', 'instruct_lines', 'shown_rows', 'instruct_markdown', 'instruct_html',
            'write_instruct']
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #d2b64885
-import html, json
+# %% ../../nbs/5_eval/07_instruct.ipynb #4fc5fbc3
+import html, json, math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -118,20 +118,20 @@ def others_of(
         if swap is not None and len(found) == k-1: break
     return swap, found
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #de0ccb72
+# %% ../../nbs/5_eval/07_instruct.ipynb #9815dfaf
 def likelihoods(
     model:OpenModel, # on the machine's device
     asked:Sequence[Asked], # rows
     others:Sequence[tuple[Asked|None, list[Asked]]], # of each row, from `others_of`
     **how, # batch_rows, draws, machine
-)->list[dict]: # of each row: nats, nats_blank, nats_swapped (None: no other instruction fits), targets, bytes
+)->list[dict]: # of each row: nats, nats_blank, nats_swapped (None: no other instruction fits), nll (nats a token), bits, targets, bytes
     "What each answer costs behind its own prompt, behind none, and behind another."
     n, swaps = len(asked), [i for i, (swap, _) in enumerate(others) if swap is not None]
     pairs = [(a.prompt, a) for a in asked]+[(a.blank, a) for a in asked]+[(others[i][0].prompt, asked[i]) for i in swaps]
     nats = answer_nats(model, pairs, **how).tolist()
     swapped = dict(zip(swaps, nats[2*n:]))
     size = lambda a: sum(len(model.tokenizer.token_bytes(t)) for t, c in zip(a.answer, a.counts) if c)
-    return [dict(nats=nats[i], nats_blank=nats[n+i], nats_swapped=swapped.get(i), targets=sum(a.counts), bytes=size(a)) for i, a in enumerate(asked)]
+    return [dict(nats=nats[i], nats_blank=nats[n+i], nats_swapped=swapped.get(i), nll=nats[i]/sum(a.counts), bits=nats[i]/math.log(2), targets=sum(a.counts), bytes=size(a)) for i, a in enumerate(asked)]
 
 # %% ../../nbs/5_eval/07_instruct.ipynb #012b5a6f
 def point(
@@ -185,7 +185,7 @@ def write_answers(
                 out[i] = model.tokenizer.decode(ids[:end]), end < max_new_tokens
     return out
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #c7d119fd
+# %% ../../nbs/5_eval/07_instruct.ipynb #2f036cd4
 def marks_of(
     template:Template, # whose marks to look for
 )->list[str]:
@@ -207,7 +207,9 @@ def judge(
             | dict(length_ratio=len(words_of(t))/max(1, len(words_of(r.response)))) | form(t, r.instruction, r.response, stopped, marks, pattern)
             | verify(t, own) for r, (t, stopped), c, own in zip(rows, answers, found, checks or [()]*len(rows), strict=True)]
 
-def copied(row:Row)->str:
+def copied(
+    row:Row, # any
+)->str:
     "The answer of somebody who copies the instruction, or its input where there is one."
     return row.input or row.instruction
 
@@ -220,16 +222,21 @@ def commonest(
     most = sorted((a for a, n in count.items() if n == times), key=lambda a: (len(a), a))
     return most[len(most)//2], times
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #93b9e110
-RATIOS:dict[str, tuple[Callable[[dict], float|None], Callable[[dict], float]]] = { # name -> of a row: number (None: it has none) and weight
-    'nll': (lambda r: r.get('nats'), lambda r: r['targets']), 'nll_per_row': (lambda r: r['nats']/r['targets'] if 'nats' in r else None, lambda r: 1.),
-    'bits_per_byte': (lambda r: r['nats']/np.log(2) if r.get('bytes') else None, lambda r: r['bytes']),
-    'gain': (lambda r: r['nats_blank']-r['nats'] if 'nats' in r else None, lambda r: r['targets']),
-    'gain_swapped': (lambda r: r['nats_swapped']-r['nats'] if r.get('nats_swapped') is not None else None, lambda r: r['targets']),
-    'rank_accuracy': (lambda r: r.get('rank'), lambda r: 1.), 'rank_blind': (lambda r: r.get('rank_blind'), lambda r: 1.),
-    'rank_above_blind': (lambda r: None if r.get('rank') is None else r['rank']-r['rank_blind'], lambda r: 1.),
-    'chrf_rows': (lambda r: r.get('chrf'), lambda r: 1.),
-    **{name: (lambda r, name=name: None if name not in r else float(r[name]), lambda r: 1.) for name in ('rouge_l', 'token_f1', 'exact_match', 'format_ok', 'stopped', 'leaks', 'empty', 'echoes', 'loops', 'matches')}}
+# %% ../../nbs/5_eval/07_instruct.ipynb #c800a815
+def _of(key:str, less:str|None=None)->Callable[[Mapping], float|None]:
+    "A number of a row, or the difference of two; None where the row has it not."
+    def get(row:Mapping)->float|None:
+        above, below = row.get(key), 0. if less is None else row.get(less)
+        return None if above is None or below is None else float(above)-float(below)
+    return get
+
+RATIOS:dict[str, tuple[Callable[[Mapping], float|None], str|None]] = { # name -> number of a row; what its rows are weighed by (None: all the same)
+    'nll': (_of('nats'), 'targets'), 'nll_per_row': (_of('nll'), None), 'bits_per_byte': (_of('bits'), 'bytes'),
+    'gain': (_of('nats_blank', less='nats'), 'targets'), 'gain_swapped': (_of('nats_swapped', less='nats'), 'targets'),
+    'rank_accuracy': (_of('rank'), None), 'rank_blind': (_of('rank_blind'), None), 'rank_above_blind': (_of('rank', less='rank_blind'), None),
+    'chrf_rows': (_of('chrf'), None), **{k: (_of(k), None) for k in ('rouge_l', 'token_f1', 'exact_match', 'format_ok', 'stopped', 'leaks', 'empty', 'echoes', 'loops', 'matches')}}
+
+def _weights(rows:Sequence[Mapping], by:str|None)->list[float]: return [1. if by is None else r[by] for r in rows]
 
 def ratios(
     found:Sequence[dict], # of each row
@@ -237,9 +244,10 @@ def ratios(
 )->tuple[dict[str, float], dict[str, list[float]]]: # name -> number; name -> low, high
     "All ratios that the rows have, with their intervals."
     numbers, intervals = {}, {}
-    for name, (above, below) in RATIOS.items():
-        if not (have := [r for r in found if above(r) is not None]): continue
-        numbers[name], *intervals[name] = bootstrap([above(r) for r in have], [below(r) for r in have], seed=seed)
+    for name, (number, by) in RATIOS.items():
+        have = [r for r in found if number(r) is not None]
+        if not sum(_weights(have, by)): continue
+        numbers[name], *intervals[name] = bootstrap([number(r) for r in have], _weights(have, by), seed=seed)
     return numbers, intervals
 
 def differences(
@@ -250,11 +258,12 @@ def differences(
 )->dict[str, dict]: # name -> difference (mine less base), low, high, rows above and below, p of the sign test
     "What changed from one model to the other, row by row."
     out, per_token = {}, ('nll', 'nll_per_row', 'gain', 'gain_swapped')
-    for name, (above, below) in RATIOS.items():
-        both = [(m, b) for m, b in zip(mine, base, strict=True) if above(m) is not None and above(b) is not None]
-        if not both or name in per_token and not same_tokens: continue
-        d = [above(m)-above(b) for m, b in both]
-        value, low, high = bootstrap(d, [below(m) for m, _ in both], seed=seed)
+    for name, (number, by) in RATIOS.items():
+        both = [(m, b) for m, b in zip(mine, base, strict=True) if number(m) is not None and number(b) is not None]
+        weights = _weights([m for m, _ in both], by)
+        if not sum(weights) or name in per_token and not same_tokens: continue
+        d = [number(m)-number(b) for m, b in both]
+        value, low, high = bootstrap(d, weights, seed=seed)
         out[name] = dict(difference=value, low=low, high=high, **sign_test(d))
     return out
 
@@ -343,7 +352,7 @@ def _notes(model:OpenModel, base:OpenModel|None, numbers:dict, left_out:dict, pl
             *(['The tokenizers differ: nats per token cannot be compared, bits per byte can.'] if base is not None and base.tokenizer.fingerprint != model.tokenizer.fingerprint else []),
             *(['Fewer than 30 rows: the intervals are rough.'] if numbers['instruct/rows'] < 30 else [])]
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #8087ff24
+# %% ../../nbs/5_eval/07_instruct.ipynb #98fd3962
 def instruct(
     model:OpenModel, # on the machine's device
     rows:Sequence[Row], # held-out rows
@@ -377,11 +386,19 @@ def instruct(
     result = numbers | dict(intervals=intervals)
     if plan.does('writing'): result['baselines'] = _baselines(kept, [plan.checks[a.number] for a in asked[0]], train_answers, plan)
     if base is not None: result |= dict(base=measured[1][1], against_base=differences(found, measured[1][0], base.tokenizer.fingerprint == model.tokenizer.fingerprint, seed))
-    result['settings'] = dict(k=k, max_new_tokens=max_new_tokens, seed=seed, samples=samples, template=template.name, leave_out=list(leave_out)) | (dict(draws=draws) if any(m.objective.is_bound for m in models) else {}) \
-        | (dict(pattern=pattern) if pattern else {}) | (dict(chrf=chrf(['a'], ['a'])[1]) if not {'chrf', 'writing'} & set(leave_out) else {})
+    result['settings'] = _settings(plan, samples, any(m.objective.is_bound for m in models))
     result['notes'] = _notes(model, base, numbers, left_out, plan)
-    result['rows'] = [_record(r, f, measured[1][0][i] if base is not None else None) for i, (r, f) in enumerate(zip(kept, found))]
+    before = measured[1][0] if base is not None else [None]*len(kept)
+    result['rows'] = [_record(r, f, b) for r, f, b in zip(kept, found, before, strict=True)]
     return result
+
+def _settings(plan:Plan, samples:int|None, bound:bool)->dict:
+    "How it was measured: what has to be the same for two results to be compared."
+    out = dict(k=plan.k, max_new_tokens=plan.max_new_tokens, seed=plan.seed, samples=samples, template=plan.template.name, leave_out=list(plan.leave_out))
+    if bound: out['draws'] = plan.draws
+    if plan.pattern: out['pattern'] = plan.pattern
+    if plan.does('writing') and plan.does('chrf'): out['chrf'] = chrf(['a'], ['a'])[1]
+    return out
 
 def _baselines(rows:Sequence[Row], checks:list, train_answers:Sequence[str]|None, plan:Plan)->dict[str, dict]:
     "What the same judge says of answers that no model wrote."
@@ -395,24 +412,32 @@ def _baselines(rows:Sequence[Row], checks:list, train_answers:Sequence[str]|None
 
 def _record(row:Row, found:dict, base:dict|None)->dict:
     "A line of generations.jsonl."
-    own = {k: v for k, v in found.items() if k not in ('output', 'nats', 'nats_blank', 'nats_swapped')}
-    own |= dict(nll=found['nats']/found['targets'], nll_blank=found['nats_blank']/found['targets'], nll_swapped=None if found['nats_swapped'] is None else found['nats_swapped']/found['targets'])
-    before = {} if base is None else dict(base={k: base[k] for k in ('output', 'chrf', 'token_f1', 'rank', 'format_ok') if k in base} | dict(nll=base['nats']/base['targets']))
-    return dict(id=row.id, instruction=row.instruction, input=row.input, reference=row.response) | ({'output': found['output'], 'stop': 'end' if found['stopped'] else 'length'} if 'output' in found else {}) | own | before
+    out = dict(id=row.id, instruction=row.instruction, input=row.input, reference=row.response)
+    if 'output' in found: out |= dict(output=found['output'], stop='end' if found['stopped'] else 'length')
+    swapped = found['nats_swapped']
+    out |= dict(nll=found['nll'], nll_blank=found['nats_blank']/found['targets'], nll_swapped=None if swapped is None else swapped/found['targets'])
+    out |= {k: v for k, v in found.items() if k not in ('output', 'stopped', 'nats', 'nats_blank', 'nats_swapped', 'nll', 'bits')}
+    return out if base is None else out | dict(base={k: base[k] for k in ('output', 'nll', 'rank', 'chrf', 'token_f1', 'format_ok') if k in base})
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #7a803d50
-SHOWN = {'nll': ('answer, nats per token', '.3f'), 'bits_per_byte': ('answer, bits per byte', '.3f'), 'gain': ('gain from the instruction, nats per token', '+.3f'),
-    'gain_swapped': ('gain over another instruction', '+.3f'), 'rank_accuracy': ('right answer chosen of k', '.3f'), 'rank_blind': ('the same, blind', '.3f'), 'chrf': ('chrF', '.1f'), 'chrf_rows': ('chrF, mean of rows', '.1f'),
-    'rouge_l': ('ROUGE-L', '.3f'), 'token_f1': ('token F1', '.3f'), 'exact_match': ('exact match', '.3f'), 'format_ok': ('well formed', '.3f'), 'stopped': ('ended by itself', '.3f'), 'leaks': ('template leaks', '.3f'),
-    'empty': ('empty', '.3f'), 'echoes': ('echoes the instruction', '.3f'), 'loops': ('loops', '.3f'), 'matches': ('matches the pattern', '.3f'), 'length_ratio': ('length, as a part of the reference', '.2f'),
-    'checks_strict_rows': ('told checks, rows, strict', '.3f'), 'checks_loose_rows': ('told checks, rows, loose', '.3f'), 'checks_strict_checks': ('told checks, each, strict', '.3f'), 'checks_loose_checks': ('told checks, each, loose', '.3f')}
+# %% ../../nbs/5_eval/07_instruct.ipynb #3350400e
+SHOWN = { # name -> in words; how it is written
+    'nll': ('answer, nats per token', '.3f'), 'bits_per_byte': ('answer, bits per byte', '.3f'),
+    'gain': ('gain from the instruction, nats per token', '+.3f'), 'gain_swapped': ('gain over another instruction', '+.3f'),
+    'rank_accuracy': ('right answer chosen of k', '.3f'), 'rank_blind': ('the same, blind', '.3f'),
+    'chrf': ('chrF', '.1f'), 'chrf_rows': ('chrF, mean of rows', '.1f'), 'rouge_l': ('ROUGE-L', '.3f'), 'token_f1': ('token F1', '.3f'), 'exact_match': ('exact match', '.3f'),
+    'format_ok': ('well formed', '.3f'), 'stopped': ('ended by itself', '.3f'), 'leaks': ('template leaks', '.3f'), 'empty': ('empty', '.3f'),
+    'echoes': ('echoes the instruction', '.3f'), 'loops': ('loops', '.3f'), 'matches': ('matches the pattern', '.3f'), 'length_ratio': ('length, as a part of the reference', '.2f'),
+    'checks_strict_rows': ('told checks, rows, strict', '.3f'), 'checks_loose_rows': ('told checks, rows, loose', '.3f'),
+    'checks_strict_checks': ('told checks, each, strict', '.3f'), 'checks_loose_checks': ('told checks, each, loose', '.3f')}
 
 def instruct_lines(
     result:dict, # of `instruct`
 )->tuple[list[str], list[list[str]]]: # head; lines
     "The numbers as text, with their intervals, beside those of the base and the baselines."
-    changed = {f'instruct/{k}': v for k, v in result.get('against_base', {}).items()}
-    columns = {'this model': result} | ({'before tuning': result['base'], 'change': {k: v['difference'] for k, v in changed.items()}} if 'base' in result else {}) | {{'copy_prompt': 'copies the instruction', 'commonest': 'always the commonest answer'}[n]: b for n, b in result.get('baselines', {}).items()}
+    names, changed = dict(copy_prompt='copies the instruction', commonest='always the commonest answer'), {f'instruct/{k}': v for k, v in result.get('against_base', {}).items()}
+    columns = {'this model': result}
+    if 'base' in result: columns |= {'before tuning': result['base'], 'change': {k: v['difference'] for k, v in changed.items()}}
+    columns |= {names[n]: b for n, b in result.get('baselines', {}).items()}
     if 'instruct/rank_chance' in result: columns['chance'] = {'instruct/rank_accuracy': result['instruct/rank_chance']}
     lines = []
     for name, (title, form) in SHOWN.items():
@@ -437,14 +462,18 @@ def shown_rows(
     drawn = sorted(np.random.default_rng(result['settings']['seed']).choice(len(middle), number-best-worst, replace=False).tolist())
     return [*(('best', rows[i]) for i in order[:best]), *(('random', rows[middle[d]]) for d in drawn), *(('worst', rows[i]) for i in order[len(order)-worst:])]
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #1c6a8e48
+# %% ../../nbs/5_eval/07_instruct.ipynb #02caee76
 def _cell(text:str, most:int=300)->str:
     "Text in one cell of Markdown or HTML: as it is, one line, not too long."
-    short = text if len(text) <= most else text[:most-1]+'…'
-    return html.escape(short, quote=False).replace('|', '&#124;').replace('\r', '').replace('\n', '<br>').replace('*', '&#42;').replace('_', '&#95;').replace('`', '&#96;').replace('](', ']&#40;')
+    short = html.escape(text if len(text) <= most else text[:most-1]+'…', quote=False)
+    for mark, shown in {'|': '&#124;', '*': '&#42;', '_': '&#95;', '`': '&#96;', '](': ']&#40;', '\r': '', '\n': '<br>'}.items(): short = short.replace(mark, shown)
+    return short
 
 def _tables(result:dict)->list[tuple[str, list[str], list[list[str]]]]: # title, head, lines
-    scores = lambda r: ', '.join([f'{k.replace("token_f1", "F1")} {r[k]:.{d}f}' for k, d in (('nll', 2), ('chrf', 0), ('token_f1', 2), ('rank', 1)) if r.get(k) is not None]+[k for k in ('leaks', 'empty', 'echoes', 'loops') if r.get(k)]+['cut']*(r.get('stop') == 'length'))
+    numbers = {'nll': ('nll', '.2f'), 'chrf': ('chrF', '.0f'), 'token_f1': ('F1', '.2f'), 'rank': ('rank', '.1f')}
+    def scores(r:dict)->str:
+        faults = [k for k in ('leaks', 'empty', 'echoes', 'loops') if r.get(k)]+['cut']*(r.get('stop') == 'length')
+        return ', '.join([*(f'{name} {r[k]:{form}}' for k, (name, form) in numbers.items() if r.get(k) is not None), *faults])
     rows = [[kind, r['id'], '\n'.join(filter(None, (r['instruction'], r['input']))), r['reference'], r.get('output', ''), scores(r)] for kind, r in shown_rows(result)]
     return [('Following instructions', *instruct_lines(result)), ('Rows', ['', 'row', 'instruction', 'reference', 'answer', 'scores'], rows)]
 
