@@ -108,7 +108,7 @@ def call_by_name(
     if any(p.kind == p.VAR_KEYWORD for p in declared): named = {k: v for k, v in given.items() if k != 'tokenizer' and k not in {p.name for p in declared if p.kind == p.POSITIONAL_ONLY}} | named
     with users_code(path, f'in {name}'+(f', split={given["split"]!r}' if 'split' in given else ''), hint): return function(*positional, **named)
 
-# %% ../../nbs/1_data/03_userfile.ipynb #c23cff1d
+# %% ../../nbs/1_data/03_userfile.ipynb #74b43ce6
 def as_dataset_config(
     file:str|Path, # as the config has it
     train_split:str='train', # what the function is told for the training split
@@ -143,7 +143,7 @@ class UserFile:
         "The examples of a split. Raises `UserCodeError` and `DataError`."
         config = as_dataset_config(self.path) if dataset_config is None else dataset_config
         given = dict(dataset_config=config, processor=processor, tokenizer=processor, split=split, split_ratio=split_ratio)
-        hint = lambda e: f' If the split has another name in it, set finetune.test_split.' if isinstance(e, KeyError) and split in e.args else ''
+        hint = lambda e: ' If the split has another name in it, set finetune.test_split.' if isinstance(e, KeyError) and split in e.args else ''
         found = call_by_name(_function(self.module, self.path, self.function), self.path, given, hint)
         return _looked_at(found, self.path, self.function, split)
 
