@@ -352,7 +352,35 @@ def _notes(model:OpenModel, base:OpenModel|None, numbers:dict, left_out:dict, pl
             *(['The tokenizers differ: nats per token cannot be compared, bits per byte can.'] if base is not None and base.tokenizer.fingerprint != model.tokenizer.fingerprint else []),
             *(['Fewer than 30 rows: the intervals are rough.'] if numbers['instruct/rows'] < 30 else [])]
 
-# %% ../../nbs/5_eval/07_instruct.ipynb #98fd3962
+# %% ../../nbs/5_eval/07_instruct.ipynb #a1bf0dfb
+def _settings(plan:Plan, samples:int|None, bound:bool)->dict:
+    "How it was measured: what has to be the same for two results to be compared."
+    out = dict(k=plan.k, max_new_tokens=plan.max_new_tokens, seed=plan.seed, samples=samples, template=plan.template.name, leave_out=list(plan.leave_out))
+    if bound: out['draws'] = plan.draws
+    if plan.pattern: out['pattern'] = plan.pattern
+    if plan.does('writing') and plan.does('chrf'): out['chrf'] = chrf(['a'], ['a'])[1]
+    return out
+
+def _baselines(rows:Sequence[Row], checks:list, train_answers:Sequence[str]|None, plan:Plan)->dict[str, dict]:
+    "What the same judge says of answers that no model wrote."
+    text, times = commonest([r.response for r in rows] if train_answers is None else train_answers)
+    out = {}
+    for name, answers in dict(copy_prompt=[copied(r) for r in rows], commonest=[text]*len(rows)).items():
+        judged = judge(rows, [(a, True) for a in answers], LEAKS, checks, plan.does('chrf'), plan.pattern)
+        out[name] = summary(rows, judged, answers, plan)[0]
+    out['commonest'] |= dict(answer=text, times=times, of='rows' if train_answers is None else 'train_answers')
+    return out
+
+def _record(row:Row, found:dict, base:dict|None)->dict:
+    "A line of generations.jsonl."
+    out = dict(id=row.id, instruction=row.instruction, input=row.input, reference=row.response)
+    if 'output' in found: out |= dict(output=found['output'], stop='end' if found['stopped'] else 'length')
+    swapped = found['nats_swapped']
+    out |= dict(nll=found['nll'], nll_blank=found['nats_blank']/found['targets'], nll_swapped=None if swapped is None else swapped/found['targets'])
+    out |= {k: v for k, v in found.items() if k not in ('output', 'stopped', 'nats', 'nats_blank', 'nats_swapped', 'nll', 'bits')}
+    return out if base is None else out | dict(base={k: base[k] for k in ('output', 'nll', 'rank', 'chrf', 'token_f1', 'format_ok') if k in base})
+
+# %% ../../nbs/5_eval/07_instruct.ipynb #ca433845
 def instruct(
     model:OpenModel, # on the machine's device
     rows:Sequence[Row], # held-out rows
@@ -391,33 +419,6 @@ def instruct(
     before = measured[1][0] if base is not None else [None]*len(kept)
     result['rows'] = [_record(r, f, b) for r, f, b in zip(kept, found, before, strict=True)]
     return result
-
-def _settings(plan:Plan, samples:int|None, bound:bool)->dict:
-    "How it was measured: what has to be the same for two results to be compared."
-    out = dict(k=plan.k, max_new_tokens=plan.max_new_tokens, seed=plan.seed, samples=samples, template=plan.template.name, leave_out=list(plan.leave_out))
-    if bound: out['draws'] = plan.draws
-    if plan.pattern: out['pattern'] = plan.pattern
-    if plan.does('writing') and plan.does('chrf'): out['chrf'] = chrf(['a'], ['a'])[1]
-    return out
-
-def _baselines(rows:Sequence[Row], checks:list, train_answers:Sequence[str]|None, plan:Plan)->dict[str, dict]:
-    "What the same judge says of answers that no model wrote."
-    text, times = commonest([r.response for r in rows] if train_answers is None else train_answers)
-    out = {}
-    for name, answers in dict(copy_prompt=[copied(r) for r in rows], commonest=[text]*len(rows)).items():
-        judged = judge(rows, [(a, True) for a in answers], LEAKS, checks, plan.does('chrf'), plan.pattern)
-        out[name] = summary(rows, judged, answers, plan)[0]
-    out['commonest'] |= dict(answer=text, times=times, of='rows' if train_answers is None else 'train_answers')
-    return out
-
-def _record(row:Row, found:dict, base:dict|None)->dict:
-    "A line of generations.jsonl."
-    out = dict(id=row.id, instruction=row.instruction, input=row.input, reference=row.response)
-    if 'output' in found: out |= dict(output=found['output'], stop='end' if found['stopped'] else 'length')
-    swapped = found['nats_swapped']
-    out |= dict(nll=found['nll'], nll_blank=found['nats_blank']/found['targets'], nll_swapped=None if swapped is None else swapped/found['targets'])
-    out |= {k: v for k, v in found.items() if k not in ('output', 'stopped', 'nats', 'nats_blank', 'nats_swapped', 'nll', 'bits')}
-    return out if base is None else out | dict(base={k: base[k] for k in ('output', 'nll', 'rank', 'chrf', 'token_f1', 'format_ok') if k in base})
 
 # %% ../../nbs/5_eval/07_instruct.ipynb #3350400e
 SHOWN = { # name -> in words; how it is written
