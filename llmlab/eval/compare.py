@@ -69,7 +69,7 @@ WRITTEN = tuple(_number(*x) for x in (('written at temperature', 'temperature', 
     ('tokens per evaluation', 'gen/tokens_per_evaluation', ',.2f'), ('tokens per second, all rows', 'gen/tokens_per_sec', ',.0f')))
 SPEED = (_number('tokens per second, reading', 'generate/prefill_tokens_per_sec', ',.0f'), _number('tokens per second, writing', 'generate/decode_tokens_per_sec', ',.0f'))
 
-# %% ../../nbs/5_eval/04_compare.ipynb #3d96fa0f
+# %% ../../nbs/5_eval/04_compare.ipynb #a1e775cc
 def _of_families(results:Sequence[dict])->list[Line]:
     "What the families say of themselves: numbers that begin with the name of a family."
     keys = dict.fromkeys(k for r in results for k, v in r.items() if 'architecture' in r and k.startswith(r['architecture']+'/') and isinstance(v, (int, float)))
@@ -78,6 +78,10 @@ def _of_families(results:Sequence[dict])->list[Line]:
 def _of_longcontext(results:Sequence[dict])->list[Line]:
     "What was asked of long context."
     return [_number(k, k, '.3f') for k in dict.fromkeys(k for r in results for k in r if k.startswith('longcontext/'))]
+
+def _of_instruct(results:Sequence[dict])->list[Line]:
+    "How instructions are followed."
+    return [_number(k, k, '.3f') for k in dict.fromkeys(k for r in results for k, v in r.items() if k.startswith('instruct/') and isinstance(v, float))]
 
 def compare(
     results:Sequence[dict], # of several checkpoints, as `recipes.evaluate` gives them
@@ -89,7 +93,7 @@ def compare(
         if found := real_text(r): reals.setdefault(str(found), (name, found))
     head = [*names, *(REAL if len(reals) == 1 else f'{REAL} for {name}' for name, _ in reals.values())]
     scores, points = [*results, *({} for _ in reals)], [*map(written, results), *(found for _, found in reals.values())]
-    lines = [[line.name, *(line.text(column) or '' for column in columns)] for group, columns in (([*SCORED, *_of_families(results), *_of_longcontext(results), SAMPLER], scores), (WRITTEN, points), (SPEED, scores)) for line in group]
+    lines = [[line.name, *(line.text(column) or '' for column in columns)] for group, columns in (([*SCORED, *_of_families(results), *_of_longcontext(results), *_of_instruct(results), SAMPLER], scores), (WRITTEN, points), (SPEED, scores)) for line in group]
     return ['', *head], [line for line in lines if any(line[1:])]
 
 # %% ../../nbs/5_eval/04_compare.ipynb #c2616cfb
