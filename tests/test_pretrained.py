@@ -269,6 +269,25 @@ def test_vocabulary_grows_for_the_end_of_text(tmp_path):
         with torch.no_grad(): assert_close(merge_peft(reborn)(row), network(row), atol=1e-5, rtol=1e-5)
 
 
+def test_a_foreign_tokenizer_comes_back_as_it_was(tmp_path):
+    "Special tokens that we invented for it, past the end of the model, do not go out with it."
+    from llmlab.data.tokenizer import build_tokenizer
+    from llmlab.models.pretrained import hf_tokenizer
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.train_from_iterator(['the owl saw the fox'], BpeTrainer(vocab_size=270, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=['<s>', '</s>']))
+    t.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 0)])
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>')
+    theirs.save_pretrained(tmp_path)
+    ours = build_tokenizer(TokenizerSettings(kind='hf', path=str(tmp_path)), None)
+    assert ours.vocab_size > len(theirs)
+    back = hf_tokenizer(ours, len(theirs))
+    assert len(back) == len(theirs) and (back.bos_token, back.eos_token, back.pad_token) == ('<s>', '</s>', None)
+    assert back.encode('the owl') == theirs.encode('the owl') and back.get_vocab() == theirs.get_vocab()
+
+
 def test_memory_can_be_saved_by_computing_again(tmp_path):
     network = open_pretrained(save('llama', tmp_path))
     add_peft(network, r=2)

@@ -215,6 +215,7 @@ def test_the_users_own_collator(models):
     with pytest.raises(DataError, match='no tensor labels'): image_batch({'input_ids': torch.zeros(1, 3)})
     with pytest.raises(DataError, match='at their beginning'): image_batch({'input_ids': torch.zeros(1, 3), 'labels': torch.zeros(1, 3), 'attention_mask': torch.tensor([[0, 1, 1]])})
     with pytest.raises(DataError, match='one shape'): image_batch({'input_ids': torch.zeros(1, 3), 'labels': torch.zeros(1, 2)})
+    assert image_rows(items, processor, seq_len=63, collate=lambda some: {k: t for k, t in collate(some).items() if k != 'pixel_values'}).num_rows == 3 # a model of text has no further tensors
     calls = []
     def fickle(items): # marks other tokens each time
         found = collate(items)

@@ -135,7 +135,7 @@ def read_image_examples(
         out.append(ImageExample(id, messages, tuple(Path(folder)/x if isinstance(x, str) and '://' not in x else x for x in images)))
     return out
 
-# %% ../../nbs/6_finetune/03_vision.ipynb #da028388
+# %% ../../nbs/6_finetune/03_vision.ipynb #214db956
 def open_processor(
     path:str|Path, # folder of the model, or its name on the hub
     offline:bool=False, # do not ask the hub
@@ -149,6 +149,7 @@ def open_processor(
             processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=False, local_files_only=offline or Path(path).is_dir())
     except (OSError, ValueError, ImportError, KeyError) as e: raise ConfigError(f'{path} has no processor that can be opened: {" ".join(str(e).split())[:300]}') from e
     if not hasattr(processor, 'image_processor'): raise ConfigError(f'{path} has a tokenizer and no processor for pictures: it is a model of text.')
+    processor.tokenizer.padding_side = 'right' # for a user's collator, too
     if not processor.chat_template: raise ConfigError(f'{path} has no chat template: put a chat_template.jinja beside its processor.')
     return processor
 

@@ -21,7 +21,7 @@ from .lora import drift, frozen_weights, weights_hash
 from .objective import LossSum, RowScores, head_loss, token_losses
 from ..packing.loader import Batch
 
-# %% ../../nbs/3_models/074_pretrained.ipynb #88854527
+# %% ../../nbs/3_models/074_pretrained.ipynb #348c9db4
 AUTO = {'causal': 'AutoModelForCausalLM', 'image-text': 'AutoModelForImageTextToText'} # kind -> class of transformers
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class PretrainedShape:
     auto:str='causal' # causal, image-text
     kind:str='hf'   # tells its dict from that of `Shape`
 
+    @property
+    def attention(self)->str: return 'full' # no memory, no segments of ours
     def to_dict(self)->dict: return asdict(self)
     @classmethod
     def from_dict(cls, d:dict)->'PretrainedShape': return cls(**d)
@@ -482,12 +484,14 @@ def merge_peft(
     if not (far := drift(network, plain)) <= limit: raise LlmlabError(f'the merged network differs by {far:.1e} (allowed: {limit:.1e}). Merge in fp32: network.float() before.')
     return plain.eval()
 
-# %% ../../nbs/3_models/074_pretrained.ipynb #4af59752
-def _as_hf(tokenizer:Tokenizer): # tokenizers.Tokenizer
+# %% ../../nbs/3_models/074_pretrained.ipynb #bb2ab772
+def _as_hf(tokenizer:Tokenizer, vocab_size:int)->object: # tokenizers.Tokenizer
     from tokenizers import AddedToken, Regex, Tokenizer as HF, decoders, models, pre_tokenizers
     d = tokenizer.description
-    if d['kind'] in ('bpe', 'hf'): return HF.from_str(json.dumps(d['tokenizer']))
-    special = {special_text(n): d['special'][n] for n in SPECIALS}
+    if d['kind'] in ('bpe', 'hf'):
+        known = [t for t in d['tokenizer']['added_tokens'] if t['id'] < vocab_size]
+        return HF.from_str(json.dumps(d['tokenizer'] | {'added_tokens': known}))
+    special = {special_text(n): d['special'][n] for n in SPECIALS if d['special'][n] < vocab_size or n == 'UNK' and d['kind'] == 'char'}
     if d['kind'] == 'byte':
         from transformers.convert_slow_tokenizer import bytes_to_unicode
         hf = HF(models.BPE(vocab={letter: byte for byte, letter in bytes_to_unicode().items()} | special, merges=[]))
@@ -500,12 +504,13 @@ def _as_hf(tokenizer:Tokenizer): # tokenizers.Tokenizer
 
 def hf_tokenizer(
     tokenizer:Tokenizer, # of any kind
-    vocab_size:int|None=None, # special tokens from here on are not named: the model does not have them
+    vocab_size:int|None=None, # special tokens from here on are left away: the model does not have them
 )->object: # transformers.PreTrainedTokenizerFast
     "Our tokenizer as one of transformers, with the same ids."
     from transformers import PreTrainedTokenizerFast
-    hf = _as_hf(tokenizer)
-    named = {f'{n.lower()}_token': hf.id_to_token(i) for n, i in tokenizer.special.items() if n != 'IGNORE' and (vocab_size is None or i < vocab_size)}
+    vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
+    hf = _as_hf(tokenizer, vocab_size)
+    named = {f'{n.lower()}_token': hf.id_to_token(i) for n, i in tokenizer.special.items() if n != 'IGNORE' and i < vocab_size}
     return PreTrainedTokenizerFast(tokenizer_object=hf, clean_up_tokenization_spaces=False, **named)
 
 # %% ../../nbs/3_models/074_pretrained.ipynb #2ca81fa5
