@@ -6,7 +6,7 @@ from llmlab.config import Optim, Tokenizer as TokenizerSettings
 from llmlab.data.tokenizer import train_tokenizer
 from llmlab.files import CheckpointError, ConfigError, LlmlabError
 from llmlab.models.lora import frozen_weights, weights_hash
-from llmlab.models.pretrained import HFCausal, Pretrained, PretrainedShape, add_peft, build_pretrained, fit_vocabulary, from_shape, leak, merge_peft, open_pretrained, places, plain_head, save_pretrained
+from llmlab.models.pretrained import HFCausal, Pretrained, PretrainedShape, add_peft, as_pretrained, build_pretrained, fit_vocabulary, from_shape, leak, merge_peft, open_pretrained, places, plain_head, save_pretrained
 from llmlab.packing.loader import Batch
 from llmlab.trainer.loop import fit
 from llmlab.trainer.optim import build_optimizer
@@ -286,6 +286,27 @@ def test_a_foreign_tokenizer_comes_back_as_it_was(tmp_path):
     back = hf_tokenizer(ours, len(theirs))
     assert len(back) == len(theirs) and (back.bos_token, back.eos_token, back.pad_token) == ('<s>', '</s>', None)
     assert back.encode('the owl') == theirs.encode('the owl') and back.get_vocab() == theirs.get_vocab()
+
+
+@pytest.mark.parametrize('kind', ['byte', 'char', 'bpe'])
+def test_a_network_of_ours_as_a_llama(kind, tmp_path):
+    "Out of the house: transformers alone gives the same ids, scores and words."
+    from llmlab.models.ar import AR
+    from llmlab.models.transformer import Shape, build
+    from llmlab.models.zoo import to_llama
+    text = 'the owl saw the fox. The fox laughed.'
+    ours = train_tokenizer([text]*4, TokenizerSettings(kind=kind, vocab_size=280))
+    ours.save(tmp_path/'checkpoint')
+    network = build(Shape(ours.vocab_size, 64, 32, 2, 4, 2, 64, qk_norm=False), seed=1)
+    assert save_pretrained(as_pretrained(to_llama(network)), tmp_path/'checkpoint', tmp_path/'out')['drift'] == 0
+    theirs, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'out'), transformers.AutoTokenizer.from_pretrained(tmp_path/'out')
+    ids = tokenizer(text, add_special_tokens=False, return_tensors='pt')
+    assert ids['input_ids'][0].tolist() == ours.encode(text) and tokenizer.decode(ids['input_ids'][0]) == text
+    assert (theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id) == (ours.eos_id, ours.pad_id)
+    with torch.no_grad(): assert_close(theirs(ids['input_ids']).logits, network(ids['input_ids']), atol=1e-5, rtol=1e-5)
+    out = theirs.generate(ids['input_ids'], attention_mask=ids['attention_mask'], do_sample=False, max_new_tokens=10)[0, ids['input_ids'].shape[1]:].tolist()
+    new = AR().generate(network, [ours.encode(text)], max_new_tokens=10, temperature=0, stop_id=ours.eos_id)[0]
+    assert out[:len(new)] == new and out[len(new):] in ([], [ours.eos_id])
 
 
 def test_memory_can_be_saved_by_computing_again(tmp_path):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUTO', 'BACKENDS', 'METHODS', 'BESIDE', 'PretrainedShape', 'places', 'Pretrained', 'plain_head', 'leak', 'HFCausal',
-           'open_pretrained', 'from_shape', 'grow_vocabulary', 'fit_vocabulary', 'part_of', 'linear_names', 'add_peft',
-           'build_pretrained', 'merge_peft', 'hf_tokenizer', 'save_pretrained']
+           'as_pretrained', 'open_pretrained', 'from_shape', 'grow_vocabulary', 'fit_vocabulary', 'part_of',
+           'linear_names', 'add_peft', 'build_pretrained', 'merge_peft', 'hf_tokenizer', 'save_pretrained']
 
 # %% ../../nbs/3_models/074_pretrained.ipynb #a27d482d
 import contextlib, copy, json, math, shutil, warnings
@@ -266,7 +266,7 @@ def _go_on(network:Pretrained, prompts:list[list[int]], count:int, choose:Callab
         going = [i for i in going if len(new[i]) == made]
     return new
 
-# %% ../../nbs/3_models/074_pretrained.ipynb #56816f0c
+# %% ../../nbs/3_models/074_pretrained.ipynb #01fdce1d
 BACKENDS = ('auto', 'eager', 'sdpa', 'flash_attention_2', 'flex_attention') # engines of attention in transformers
 
 def _engine(backend:str)->dict:
@@ -287,6 +287,14 @@ def _auto(kind:str)->type:
     import transformers
     if kind not in AUTO: raise ConfigError(f'the kind of model is {kind!r}; there are {", ".join(AUTO)}.')
     return getattr(transformers, AUTO[kind])
+
+def as_pretrained(
+    model:nn.Module, # of transformers: as `to_llama` of a network of ours gives it
+    kind:str='causal', # causal, image-text
+    seq_len:int|None=None, # tokens in a row, in training; None: as many as it reads
+)->Pretrained:
+    "A model that is in memory, behind our face."
+    return Pretrained(model, _shape_of(model, kind, seq_len))
 
 def open_pretrained(
     path:str|Path, # folder that `save_pretrained` wrote, or a name of the hub
@@ -313,7 +321,7 @@ def open_pretrained(
     if lack := sorted(found['missing_keys'])+sorted(str(k) for k in found['mismatched_keys']):
         raise CheckpointError(f'{path} lacks {len(lack)} tensors of its model ({", ".join(lack[:3])}{", ..." if len(lack) > 3 else ""}), or has them in another shape. Download it again, or look whether config.json belongs to it.')
     if not quantized: model = model.to(device)
-    return Pretrained(model, _shape_of(model, kind, seq_len)).eval()
+    return as_pretrained(model, kind, seq_len).eval()
 
 # %% ../../nbs/3_models/074_pretrained.ipynb #8f23340b
 def from_shape(
