@@ -6,13 +6,13 @@
 __all__ = ['BORDER', 'ROWS', 'write_tokenizer', 'chat_template', 'misread', 'write_template', 'proof_rows', 'allowed',
            'check_scores', 'export']
 
-# %% ../nbs/83_export.ipynb #fc47c8fb
-import importlib.metadata, json, shutil
-from collections.abc import Callable
+# %% ../nbs/83_export.ipynb #d8de42bb
+import contextlib, importlib.metadata, json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .data.instructions import Row, Template, Turn, open_template, prompt_ids
+from .data.instructions import Template, Turn, open_template, prompt_ids
 from .data.tokenizer import SPECIALS, Tokenizer, special_text
 from .eval import evaluate as scoring
 from .files import CheckpointError, ConfigError, DataError, LlmlabError, read_json, whole_folder, write_json, write_whole
@@ -242,7 +242,17 @@ def _write_adapter(model:scoring.OpenModel, base:str|Path|None, folder:Path, say
         plain = _read_back(Path(network.adapter['base']['path']), network)
     return {'format': 'PEFT', 'base': str(base) if ours and base else None if ours else network.adapter['base']['path'], 'template_ids': None}, PeftModel.from_pretrained(plain, folder)
 
-# %% ../nbs/83_export.ipynb #42496eda
+# %% ../nbs/83_export.ipynb #6b9ca2a5
+@contextlib.contextmanager
+def _no_bars()->Iterator[None]:
+    "transformers without progress bars."
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: logging.enable_progress_bar()
+
 def _about(model:scoring.OpenModel, template:Template|None, folder:Path)->dict:
     "What an export is made of."
     network, adapter = model.network, getattr(model.network, 'adapter', None)
@@ -273,7 +283,6 @@ def export(
     say:Callable[[str], None]=print, # told what happens
 )->dict: # JSON: what export_report.json holds
     "A checkpoint as a Hugging Face folder, whole or not at all. Raises `ConfigError` for what cannot be taken there, `LlmlabError` where the folder would give other scores."
-    from llmlab.models.pretrained import _quiet
     folder = Path(folder)
     if folder.exists() and not force and (not folder.is_dir() or any(folder.iterdir())): raise ConfigError(f'{folder} is there already. Name another folder, or replace it: --force')
     checkpoint = checkpoint_of(str(run), runs, best, say)
@@ -282,7 +291,7 @@ def export(
     _check_family(model)
     described = read_json(checkpoint/'meta.json', CheckpointError).get('template')
     template = open_template(described, model.tokenizer) if described else None
-    with whole_folder(folder, LlmlabError) as part, _quiet():
+    with whole_folder(folder, LlmlabError) as part, _no_bars():
         if adapter: made, other = _write_adapter(model, base if exported else None, part, say)
         else:
             made = _write_theirs(model, template, base, part, say) if model.info['architecture'] == 'hf' else _write_ours(model, template, part, say)
