@@ -1,12 +1,13 @@
-"Sizes, presets, and weights to Hugging Face's Llama and back."
+"Sizes, presets, and weights to Hugging Face's Llama and Qwen3 and back."
 import typing
 import pytest, torch
 from pathlib import Path
 from torch.testing import assert_close
 from llmlab.config import Model, load_config
 from llmlab.files import ConfigError
+from llmlab.models.layers import rotation
 from llmlab.models.transformer import Shape, build, count_parameters, flops_per_token
-from llmlab.models.zoo import OBJECTIVES, SIZES, build_model, from_llama, shape_of, to_llama
+from llmlab.models.zoo import OBJECTIVES, SIZES, build_model, from_llama, llama_kind, shape_of, to_llama
 
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -56,34 +57,68 @@ def test_the_seed_and_recomputing_come_from_the_config():
     assert a.recompute == 'full' and not torch.equal(a.embed.weight, b.embed.weight)
 
 
-@pytest.mark.parametrize('other', [{}, dict(tie_embeddings=False), dict(num_kv_heads=6, rope_theta=500000.), dict(num_kv_heads=1, norm_eps=1e-5)])
-def test_llama_gives_the_same_scores(other):
+def with_an_opinion(**other):
+    "A network whose norms are not all one, and whose scores are far apart."
     net = build(Shape(**{**base, **other}), seed=3)
-    for p in net.parameters(): p.data.mul_(3. if p.ndim == 2 else 1).add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=.02)
+    for p in net.parameters(): p.data.mul_(3. if p.ndim == 2 else 1).add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=.02 if p.ndim == 2 else .3)
+    return net
+
+
+others = [{}, dict(tie_embeddings=False), dict(num_kv_heads=6, rope_theta=500000.), dict(num_kv_heads=1, norm_eps=1e-5), dict(norm_eps=.1)] # (the last: an eps in the wrong place would show)
+
+
+@pytest.mark.parametrize('qk_norm', [False, True])
+@pytest.mark.parametrize('other', others, ids=str)
+def test_llama_gives_the_same_scores(other, qk_norm):
+    net = with_an_opinion(**other, qk_norm=qk_norm)
     tokens = torch.randint(60, (2, 32), generator=torch.Generator().manual_seed(0))
     llama = to_llama(net)
     with torch.no_grad():
         wanted = net(tokens)
         assert wanted.std() > .1
-        assert_close(llama(input_ids=tokens).logits, wanted, atol=1e-4, rtol=0)
+        assert type(llama).__name__ == ('Qwen3ForCausalLM' if qk_norm else 'LlamaForCausalLM')
+        assert_close(llama(input_ids=tokens).logits, wanted, atol=1e-5*wanted.abs().max().item(), rtol=0)
         back = from_llama(llama)
         assert torch.equal(back(tokens), wanted)
     assert back.shape == net.shape and sum(p.numel() for p in llama.parameters()) == count_parameters(net.shape)
 
 
-def test_llama_of_a_preset():
-    "The size small, as it is but for the norm on queries and keys."
-    net = build(shape_of(Model(size='small', qk_norm=False), 1000, 128), seed=0)
+@pytest.mark.parametrize('qk_norm', [False, True])
+@pytest.mark.parametrize('other', others, ids=str)
+def test_in_fp64_nothing_is_left_but_rounding(other, qk_norm):
+    "Theirs compute norms and angles in fp32 whatever the format; made as wide as ours, the two agree to 1e-10."
+    net = with_an_opinion(**other, qk_norm=qk_norm).double()
+    tokens = torch.randint(60, (2, 32), generator=torch.Generator().manual_seed(0))
+    llama, s = to_llama(net), net.shape
+    class Wide(torch.nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.weight, self.eps = norm.weight, norm.variance_epsilon
+        def forward(self, x): return self.weight*(x*torch.rsqrt(x.pow(2).mean(-1, keepdim=True)+self.eps))
+    for name, module in list(llama.named_modules()):
+        if type(module).__name__.endswith('RMSNorm'): llama.set_submodule(name, Wide(module))
+    def angles(x, position_ids):
+        cos, sin = rotation(position_ids, s.seq_len, s.head_size, s.rope_theta, torch.float64)
+        return cos[:, 0], torch.cat((sin[:, 0, :, s.head_size//2:],)*2, -1)
+    llama.model.rotary_emb.forward = angles
+    with torch.no_grad(): assert_close(llama(input_ids=tokens).logits, net(tokens), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_llama_of_a_preset(qk_norm):
+    "The size small, as it is."
+    net = build(shape_of(Model(size='small', qk_norm=qk_norm), 1000, 128), seed=0)
     tokens = torch.randint(1000, (1, 128), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): assert_close(to_llama(net)(input_ids=tokens).logits, net(tokens), atol=1e-4, rtol=0)
 
 
-def test_llama_learns_the_same():
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_llama_learns_the_same(qk_norm):
     "Same loss, same gradients: the fused matrices are theirs stacked."
     import torch.nn.functional as F
     from llmlab.models.ar import AR
     from llmlab.packing.loader import Batch
-    net, tokens = build(Shape(**base), seed=3), torch.randint(60, (2, 33), generator=torch.Generator().manual_seed(0))
+    net, tokens = build(Shape(**{**base, 'qk_norm': qk_norm}), seed=3), torch.randint(60, (2, 33), generator=torch.Generator().manual_seed(0))
     llama = to_llama(net)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 32), torch.zeros(2, 32, dtype=torch.int64), one_document=True)
     loss = AR().loss(net, batch).sum
@@ -96,14 +131,24 @@ def test_llama_learns_the_same():
     assert_close(net.embed.weight.grad, llama.model.embed_tokens.weight.grad, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize('setting', [dict(norm='layernorm'), dict(mlp='gelu'), dict(position='learned'), dict(token_mix='conv3'), dict(attention='infini', segment_len=8), dict(attention='local', segment_len=8)], ids=str)
+def test_what_cannot_go_there_is_refused_by_name(setting):
+    name, value = next(iter(setting.items()))
+    with pytest.raises(ConfigError, match=f'{name} is {value}'): llama_kind(Shape(**{**base, **setting}))
+    with pytest.raises(ConfigError, match='neither a Llama nor a Qwen3'): to_llama(build(Shape(**{**base, **setting}), device='meta'))
+
+
 def test_what_is_no_llama():
-    with pytest.raises(ConfigError) as e: to_llama(build(Shape(**{**base, 'qk_norm': True, 'norm': 'layernorm', 'token_mix': 'conv3'})))
-    assert all(w in str(e.value) for w in ('qk_norm is True', 'norm is layernorm', 'token_mix is conv3'))
-    from transformers import LlamaConfig, LlamaForCausalLM
-    tiny = dict(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-    odd = LlamaForCausalLM(LlamaConfig(**tiny, head_dim=16, attention_bias=True, rope_parameters={'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 2.}))
-    with pytest.raises(ConfigError) as e: from_llama(odd)
-    assert all(w in str(e.value) for w in ('rope_type linear', 'attention_bias', 'head_dim 16'))
+    with pytest.raises(ConfigError) as e: to_llama(build(Shape(**{**base, 'norm': 'layernorm', 'token_mix': 'conv3'})))
+    assert all(w in str(e.value) for w in ('norm is layernorm', 'token_mix is conv3'))
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    tiny = dict(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    odd = dict(head_dim=16, attention_bias=True, rope_parameters={'rope_type': 'linear', 'rope_theta': 1e4, 'factor': 2.})
+    for made in (LlamaForCausalLM(LlamaConfig(**tiny, **odd)), Qwen3ForCausalLM(Qwen3Config(**tiny, **odd))):
+        with pytest.raises(ConfigError) as e: from_llama(made)
+        assert all(w in str(e.value) for w in ('rope_type linear', 'attention_bias', 'head_dim 16'))
+    with pytest.raises(ConfigError, match='a sliding window'): from_llama(Qwen3ForCausalLM(Qwen3Config(**tiny, head_dim=8, use_sliding_window=True, sliding_window=4, max_window_layers=1)))
+    with pytest.raises(ConfigError, match='model_type mistral'): from_llama(MistralForCausalLM(MistralConfig(**tiny)))
 
 
 @pytest.mark.parametrize('words', [['model.architecture=diffusion'], ['model.architecture=sdd'], ['model.architecture=sdd', 'model.sdd.process=swap']], ids=str)

@@ -155,12 +155,12 @@ def to_llama(
     llama.load_state_dict(weights)
     return llama.eval()
 
-# %% ../../nbs/3_models/08_zoo.ipynb #d3fc68ed
+# %% ../../nbs/3_models/08_zoo.ipynb #a09b1115
 def _foreign(c:object, size:int)->list[str]: # a config of transformers; size of a head
     "What a Llama or Qwen3 has that our stack does not."
     rope = c.rope_parameters['rope_type']
     checks = {f'model_type {c.model_type}': c.model_type in ('llama', 'qwen3'), f'rope_type {rope}': rope == 'default', f'hidden_act {c.hidden_act}': c.hidden_act == 'silu',
-              'attention_bias': not c.attention_bias, 'mlp_bias': not getattr(c, 'mlp_bias', False), f'head_dim {size}': size*c.num_attention_heads == c.hidden_size,
+              'attention_bias': not getattr(c, 'attention_bias', False), 'mlp_bias': not getattr(c, 'mlp_bias', False), f'head_dim {size}': size*c.num_attention_heads == c.hidden_size,
               'a sliding window': set(getattr(c, 'layer_types', None) or ['full_attention']) == {'full_attention'}}
     return [k for k, fits in checks.items() if not fits]
 
