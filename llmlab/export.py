@@ -39,16 +39,13 @@ def write_tokenizer(
     _edit(Path(folder)/'tokenizer.json', lambda d: d.update(post_processor=None, padding=None, truncation=None))
     _edit(Path(folder)/'tokenizer_config.json', lambda d: d.update(split_special_tokens=True, model_max_length=seq_len, model_input_names=['input_ids', 'attention_mask']))
 
-# %% ../nbs/83_export.ipynb #09f00842
+# %% ../nbs/83_export.ipynb #7c7db734
 BORDER = '\ufdd0\ufdd1\ufdd2' # noncharacters: never in a text that is exchanged
 
-def _jinja_text(text:str)->str: return json.dumps(text) # JSON's escapes are Jinja's
-
-def _kept_text(tokenizer:Tokenizer)->str:
-    "Jinja filters that keep a content from forging special tokens."
-    if tokenizer.kind != 'hf': return f' | replace("<|", "<|" + border)' # between punctuation and a letter, where each of our kinds cuts anyway
-    names = [t['content'] for t in tokenizer.description['tokenizer']['added_tokens'] if t['special'] and len(t['content']) > 1]
-    return ''.join(f' | replace({_jinja_text(n)}, {_jinja_text(n[0])} + border + {_jinja_text(n[1:])})' for n in names)
+def _cuts(tokenizer:Tokenizer)->tuple[list[str], int]: # strings that a content may not have in one piece; where a border goes into them
+    "What keeps a content from forging special tokens."
+    if tokenizer.kind != 'hf': return ['<|'], 2 # between punctuation and a letter, where each of our kinds cuts anyway
+    return [t['content'] for t in tokenizer.description['tokenizer']['added_tokens'] if t['special'] and len(t['content']) > 1], 1
 
 def chat_template(
     template:Template, # alpaca, chat or jinja
@@ -57,14 +54,18 @@ def chat_template(
     "A template as Hugging Face's tokenizers read it."
     if template.name == 'jinja': return template.description['text']
     heads = {role: template.lay((Turn(role, ''),), '', False)[1][0].text for role in ('system', 'user', 'assistant')}
+    names, at = _cuts(tokenizer)
     return '\n'.join([
-        f'{{%- set border = {_jinja_text(BORDER)} -%}}',
+        f'{{%- set border = {json.dumps(BORDER)} -%}}',
         f'{{%- set heads = {json.dumps(heads)} -%}}',
+        f'{{%- set names = {json.dumps(names)} -%}}',
         '{{- bos_token -}}',
         '{%- for m in messages -%}',
         '{%- if m["role"] not in heads -%}{{- raise_exception("the roles are system, user and assistant") -}}{%- endif -%}',
         r'{{- ("" if loop.first else "\n\n" if loop.previtem["role"] == "assistant" else border + "\n\n") + heads[m["role"]] + border -}}',
-        f'{{{{- m["content"]{_kept_text(tokenizer)} -}}}}',
+        '{%- set content = namespace(text=m["content"]) -%}',
+        f'{{%- for name in names -%}}{{%- set content.text = content.text | replace(name, name[:{at}] + border + name[{at}:]) -%}}{{%- endfor -%}}',
+        '{{- content.text -}}',
         '{%- if m["role"] == "assistant" -%}{{- eos_token -}}{%- endif -%}',
         '{%- endfor -%}',
         r'{%- if add_generation_prompt -%}{{- ("" if not messages else "\n\n" if messages[-1]["role"] == "assistant" else border + "\n\n") + heads["assistant"] -}}{%- endif -%}'])
