@@ -39,7 +39,7 @@ def write_tokenizer(
     _edit(Path(folder)/'tokenizer.json', lambda d: d.update(post_processor=None, padding=None, truncation=None))
     _edit(Path(folder)/'tokenizer_config.json', lambda d: d.update(split_special_tokens=True, model_max_length=seq_len, model_input_names=['input_ids', 'attention_mask']))
 
-# %% ../nbs/83_export.ipynb #7c7db734
+# %% ../nbs/83_export.ipynb #5d2432d3
 BORDER = '\ufdd0\ufdd1\ufdd2' # noncharacters: never in a text that is exchanged
 
 def _cuts(tokenizer:Tokenizer)->tuple[list[str], int]: # strings that a content may not have in one piece; where a border goes into them
@@ -68,7 +68,7 @@ def chat_template(
         '{{- content.text -}}',
         '{%- if m["role"] == "assistant" -%}{{- eos_token -}}{%- endif -%}',
         '{%- endfor -%}',
-        r'{%- if add_generation_prompt -%}{{- ("" if not messages else "\n\n" if messages[-1]["role"] == "assistant" else border + "\n\n") + heads["assistant"] -}}{%- endif -%}'])
+        r'{%- if add_generation_prompt -%}{{- ("" if not messages else "\n\n" if messages[-1]["role"] == "assistant" else border + "\n\n") + heads["assistant"] + border -}}{%- endif -%}'])
 
 # %% ../nbs/83_export.ipynb #88e65263
 _contents = ('Say hi.', ' a list:\n- x\n\n', '\n\nHow much is 12345 + 1?', "It's «ö» 中 🙂 ...", 'x', '#', '')
