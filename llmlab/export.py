@@ -70,7 +70,7 @@ def chat_template(
         '{%- endfor -%}',
         r'{%- if add_generation_prompt -%}{{- ("" if not messages else "\n\n" if messages[-1]["role"] == "assistant" else border + "\n\n") + heads["assistant"] + border -}}{%- endif -%}'])
 
-# %% ../nbs/83_export.ipynb #88e65263
+# %% ../nbs/83_export.ipynb #2880d94c
 _contents = ('Say hi.', ' a list:\n- x\n\n', '\n\nHow much is 12345 + 1?', "It's «ö» 中 🙂 ...", 'x', '#', '')
 
 def _conversations(tokenizer:Tokenizer)->list[tuple[Turn, ...]]:
@@ -87,7 +87,7 @@ def misread(
     "Where `apply_chat_template` gives other ids than `prompt_ids`."
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(folder, model_max_length=1 << 30) # or it warns of long texts
     for turns in _conversations(tokenizer):
         try: wanted = prompt_ids(turns, template, tokenizer)
         except DataError: continue # roles that a Jinja template of others does not know
@@ -243,7 +243,7 @@ def _write_adapter(model:scoring.OpenModel, base:str|Path|None, folder:Path, say
         plain = _read_back(Path(network.adapter['base']['path']), network)
     return {'format': 'PEFT', 'base': str(base) if ours and base else None if ours else network.adapter['base']['path'], 'template_ids': None}, PeftModel.from_pretrained(plain, folder)
 
-# %% ../nbs/83_export.ipynb #6b9ca2a5
+# %% ../nbs/83_export.ipynb #6951014a
 @contextlib.contextmanager
 def _no_bars()->Iterator[None]:
     "transformers without progress bars."
@@ -266,7 +266,7 @@ def _about(model:scoring.OpenModel, template:Template|None, folder:Path)->dict:
 def _check_ids(folder:Path, tokenizer:Tokenizer)->None:
     "Raises `LlmlabError` where their tokenizer gives other ids than ours."
     from transformers import AutoTokenizer
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(folder, model_max_length=1 << 30)
     for text in (_text, *_contents):
         if (got := theirs(text, add_special_tokens=False)['input_ids']) != (wanted := tokenizer.encode(text)):
             raise LlmlabError(f'the tokenizer read back gives other ids for {text!r}: {got[:8]} instead of {wanted[:8]}. Nothing was written.')

@@ -225,7 +225,7 @@ def test_a_tuned_model_of_transformers(room, tmp_path, init, template, method):
     base = transformers.AutoTokenizer.from_pretrained(init)
     assert theirs('The cat. It')['input_ids'] == base('The cat. It')['input_ids'] # with what its post-processor adds
     if template != 'auto': same_texts(run, tmp_path/'out', template)
-    else: assert theirs.apply_chat_template([{'role': 'user', 'content': 'Say hi.'}], add_generation_prompt=True, tokenize=False) == '<|start|>user\nSay hi.<|end|>\n<|start|>assistant\n'
+    else: assert theirs.apply_chat_template([{'role': 'user', 'content': 'Say hi.'}], add_generation_prompt=True, tokenize=False) == '<|start|>user\nSay hi.</s>\n<|start|>assistant\n'
     if method != 'full':
         export(run, tmp_path/'adapter', adapter=True, say=lambda line: None)
         alone = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path/'adapter').eval()
@@ -299,3 +299,27 @@ def test_scores_that_are_no_numbers_are_refused(room):
     class Broken(torch.nn.Module):
         def forward(self, input_ids): return type('', (), {'logits': model.network(input_ids)*float('nan')})
     with pytest.raises(LlmlabError, match='drift'): check_scores(model.network, Broken(), proof_rows(model.network, model.tokenizer))
+
+
+@pytest.mark.parametrize('method', ['full', 'lora'])
+@pytest.mark.parametrize('kind', ['mllama', 'llava'])
+def test_a_model_that_looks(tmp_path, monkeypatch, kind, method):
+    "Weights, processor and template of a tuned vision model: the folder answers as the checkpoint does."
+    from llmlab.finetune.vision import answers, colour_records, open_processor, read_image_examples, tiny_vision
+    monkeypatch.chdir(tmp_path)
+    tiny_vision('vision', kind)
+    rows = []
+    for i, r in enumerate(colour_records()):
+        r['image'].save(f'{i}.png')
+        rows.append({'messages': r['messages'], 'image': f'{i}.png'})
+    Path('rows.json').write_text(json.dumps(rows*3))
+    tuned('v', 'vision', 'data.path=rows.json', 'packing.seq_len=96', 'finetune.packing=none', f'finetune.peft.method={method}', 'run.folder=runs', 'trainer.max_steps=40', 'trainer.eval_interval=40')
+    assert export('v', 'out', say=lambda line: None)['format'] == {'mllama': 'MllamaForConditionalGeneration', 'llava': 'LlavaForConditionalGeneration'}[kind]
+    examples, processor = read_image_examples(colour_records()), open_processor('out')
+    there, here = open_pretrained('out', kind='image-text'), open_model(checkpoint_of('v'))
+    assert answers(there, processor, examples, 4) == answers(here.network, open_processor('vision'), examples, 4)
+    transformers.AutoModelForImageTextToText.from_pretrained('out')
+    assert transformers.AutoProcessor.from_pretrained('out').chat_template == transformers.AutoProcessor.from_pretrained('vision').chat_template
+    if method == 'lora':
+        export('v', 'adapter', adapter=True, say=lambda line: None)
+        assert Path('adapter/adapter_model.safetensors').exists()
