@@ -438,7 +438,7 @@ def _drop(values:dict, key:str)->None:
     at = _get(values, '.'.join(path), {}) if path else values
     if isinstance(at, dict): at.pop(last, None)
 
-# %% ../nbs/01_config.ipynb #4baf1c0f
+# %% ../nbs/01_config.ipynb #e7543264
 def _present_names(src:Source, say:Callable[[str], None])->None:
     "Rename old keys in place, saying each; a bad old value is a problem of the old key."
     for old, (new, change) in _aliases.items():
@@ -446,7 +446,8 @@ def _present_names(src:Source, say:Callable[[str], None])->None:
         if value is src: continue
         if old == 'dataset.name' and (_get(src.values, 'dataset.file') or _get(src.values, 'data.file')): value, new = 'file', 'data.name'
         _drop(src.values, old)
-        place = src.places.get(old, old)
+        place, given = src.places.get(old, old), src.places.get(new, '')
+        if given.startswith('override') and not place.startswith('override'): say(f'{place}: {old} gives way to {given}'); continue
         try: value = change(value)
         except TypeError: src.problems.append((old, place, f'should be a number (got {value!r})')); continue
         _set(src.values, new, value)

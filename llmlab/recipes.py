@@ -10,7 +10,7 @@ __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'tokenizer_folder'
            'chosen_metrics', 'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'long_context', 'evaluate',
            'generate', 'gaps', 'fill']
 
-# %% ../nbs/80_recipes.ipynb #863c8492
+# %% ../nbs/80_recipes.ipynb #c03d5efb
 import contextlib, fcntl, functools, json, math, re, time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from .eval.metrics import baselines, byte_lengths
 from .finetune.examples import gather_examples, looks
 from .finetune.sft import Base, Taught, settle_base
 from .finetune.start import start_network
+from .finetune.vision import freeze_unused
 from .files import CacheError, CheckpointError, ConfigError, DataError, LlmlabError, hash_json, read_json, read_jsonl, write_json
 from .models.transformer import Shape, flops_per_token
 from .models.zoo import build_model
@@ -443,7 +444,7 @@ def pretrain(
         if cfg.model.init: begin_from(cfg, parts, say)
     return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
 
-# %% ../nbs/80_recipes.ipynb #7c01778f
+# %% ../nbs/80_recipes.ipynb #f3f2d29a
 def work_of(
     network:torch.nn.Module, # ours or another's
     seq_len:int, # tokens that attention spans
@@ -465,7 +466,9 @@ def carry_out(
     "What pretraining and fine-tuning have in common: a run folder, the loop, the end. Raises `Stopped`."
     start = time.monotonic() if start is None else start
     folder, checkpoint = open_run(cfg, resume, say)
-    if checkpoint is None: begin(folder)
+    if checkpoint is None:
+        torch.manual_seed(cfg.run.seed) # dropout draws from it; checkpoints keep its state
+        begin(folder)
     state = _into(parts, checkpoint)
     settle_length(cfg, parts, state, say)
     check_gates(cfg, state, say)
@@ -496,7 +499,7 @@ def summary(
     baseline = baselines((t.chunk(i) for i in range(len(t.chunks))), (v.chunk(i) for i in range(len(v.chunks))), parts.data.tokenizer.vocab_size, rows) if v else {}
     return Result(folder, state, parts.steps, seconds, metrics, baseline, samples, plot_run(folder), sum(p.numel() for p in parts.network.parameters()))
 
-# %% ../nbs/80_recipes.ipynb #732eeaae
+# %% ../nbs/80_recipes.ipynb #90dfba33
 def finetune(
     cfg:Config, # all settings; finetune.init names the model
     *,
@@ -511,6 +514,7 @@ def finetune(
     machine = set_up(cfg.run, say)
     data, taught = prepare_examples(cfg, base, say)
     network, objective = start_network(cfg, base, data.tokenizer, machine, say, 'image-text' if looks(base) else 'causal')
+    if looks(base) and cfg.finetune.peft.method == 'full': freeze_unused(network, next(in_order(data.train, 1, device=machine.device)), say)
     parts = gather_parts(cfg, machine, data, network, objective)
     parts.prompts = first_prompts(taught, data.tokenizer) if taught.folder and taught.validation is not None else {}
     def begin(folder:Path)->None:

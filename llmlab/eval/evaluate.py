@@ -188,7 +188,7 @@ def load_whole(
     merged = open_model(checkpoint, base=base, merge=True).network.state_dict()
     return {k: v for k, v in state.items() if k != 'adapter'} | {'model_state_dict': merged, 'ema_state_dict': None}
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #01b9c78d
+# %% ../../nbs/5_eval/01_evaluate.ipynb #c395eb59
 def _network(state:dict, path:Path, objective:Objective, backend:str, base:str|Path|None)->nn.Module: # with the base's weights, if its own are adapters
     adapter, config = state.get('adapter'), state['model_config']
     if config.get('kind') == 'hf':
@@ -221,8 +221,7 @@ def open_model(
         objective = make_objective(settings, tokenizer.special)
         network = _network(state, path, objective, backend, base)
     except (ConfigError, DataError, TypeError, KeyError, ValidationError) as e: raise CheckpointError(f'{path} does not describe a model that can be built: {e}') from e
-    spare = network.shape.vocab_size-tokenizer.vocab_size # others' networks may have more rows than their tokenizer has tokens
-    if spare < 0 or spare and kind != 'hf':
+    if tokenizer.vocab_size != network.shape.vocab_size and kind != 'hf': # (others have more rows than tokens; or fewer, since those that we name for them have none)
         raise CheckpointError(f'{path} has a tokenizer of {tokenizer.vocab_size:,} tokens and a network for {network.shape.vocab_size:,}: they do not belong together.')
     load_weights(network, state, averaged=state['ema_state_dict'] is not None)
     if merge and state.get('adapter'): network = _merged(network)
