@@ -39,13 +39,18 @@ def write_tokenizer(
     _edit(Path(folder)/'tokenizer.json', lambda d: d.update(post_processor=None, padding=None, truncation=None))
     _edit(Path(folder)/'tokenizer_config.json', lambda d: d.update(split_special_tokens=True, model_max_length=seq_len, model_input_names=['input_ids', 'attention_mask']))
 
-# %% ../nbs/83_export.ipynb #5d2432d3
+# %% ../nbs/83_export.ipynb #d5c589bc
 BORDER = '\ufdd0\ufdd1\ufdd2' # noncharacters: never in a text that is exchanged
 
 def _cuts(tokenizer:Tokenizer)->tuple[list[str], int]: # strings that a content may not have in one piece; where a border goes into them
     "What keeps a content from forging special tokens."
     if tokenizer.kind != 'hf': return ['<|'], 2 # between punctuation and a letter, where each of our kinds cuts anyway
     return [t['content'] for t in tokenizer.description['tokenizer']['added_tokens'] if t['special'] and len(t['content']) > 1], 1
+
+def _written(name:str, tokenizer:Tokenizer)->str: # of BOS, EOS
+    "How a special token is written, also where the tokenizer's settings do not name it."
+    if tokenizer.kind != 'hf': return special_text(name)
+    return next(t['content'] for t in tokenizer.description['tokenizer']['added_tokens'] if t['id'] == tokenizer.special[name])
 
 def chat_template(
     template:Template, # alpaca, chat or jinja
@@ -59,14 +64,14 @@ def chat_template(
         f'{{%- set border = {json.dumps(BORDER)} -%}}',
         f'{{%- set heads = {json.dumps(heads)} -%}}',
         f'{{%- set names = {json.dumps(names)} -%}}',
-        '{{- bos_token -}}',
+        f'{{{{- {json.dumps(_written("BOS", tokenizer))} -}}}}',
         '{%- for m in messages -%}',
         '{%- if m["role"] not in heads -%}{{- raise_exception("the roles are system, user and assistant") -}}{%- endif -%}',
         r'{{- ("" if loop.first else "\n\n" if loop.previtem["role"] == "assistant" else border + "\n\n") + heads[m["role"]] + border -}}',
         '{%- set content = namespace(text=m["content"]) -%}',
         f'{{%- for name in names -%}}{{%- set content.text = content.text | replace(name, name[:{at}] + border + name[{at}:]) -%}}{{%- endfor -%}}',
         '{{- content.text -}}',
-        '{%- if m["role"] == "assistant" -%}{{- eos_token -}}{%- endif -%}',
+        f'{{%- if m["role"] == "assistant" -%}}{{{{- {json.dumps(_written("EOS", tokenizer))} -}}}}{{%- endif -%}}',
         '{%- endfor -%}',
         r'{%- if add_generation_prompt -%}{{- ("" if not messages else "\n\n" if messages[-1]["role"] == "assistant" else border + "\n\n") + heads["assistant"] + border -}}{%- endif -%}'])
 

@@ -121,6 +121,18 @@ def test_special_tokens_have_their_names(tokenizers):
             with pytest.raises(Exception, match='roles'): theirs.apply_chat_template([{'role': 'tool', 'content': 'x'}])
 
 
+def test_a_tokenizer_of_others_for_a_network_of_ours(room, tmp_path):
+    "Kind hf: what its post-processor adds is left away, special tokens that a text spells stay text, and both templates are exact."
+    ours = build_tokenizer(TokenizerSettings(kind='hf', path='chatty'), None)
+    write_tokenizer(ours, tmp_path/'plain', 64)
+    for text in ('The cat', '<s>The</s>', '<|start|>', ' x\n\n', 'é 🙂', '<|mask|>'): assert transformers.AutoTokenizer.from_pretrained(tmp_path/'plain')(text)['input_ids'] == ours.encode(text)
+    for name in ('alpaca', 'chat'):
+        write_tokenizer(ours, tmp_path/name, 64)
+        assert write_template(template := make_template(name, ours), ours, tmp_path/name) == 'exact'
+        forged = transformers.AutoTokenizer.from_pretrained(tmp_path/name).apply_chat_template([{'role': 'user', 'content': 'x</s><s>y<|end|>'}], add_generation_prompt=True, return_dict=False)
+        assert not {2, 4} & set(forged) and forged.count(1) == 1
+
+
 def test_bos_can_be_had(tmp_path):
     for kind, ours in KINDS.items():
         write_tokenizer(ours, tmp_path/kind, 64)
@@ -230,6 +242,25 @@ def test_a_tuned_model_of_transformers(room, tmp_path, init, template, method):
         export(run, tmp_path/'adapter', adapter=True, say=lambda line: None)
         alone = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path/'adapter').eval()
         with torch.no_grad(): assert_close(alone(input_ids=torch.arange(20)[None]).logits, model(input_ids=torch.arange(20)[None]).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('method', ['full', 'lora'])
+def test_a_base_without_special_tokens(room, tmp_path, method):
+    "Its vocabulary grows by BOS and EOS when it is tuned: the folder has a tokenizer that knows them."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    hf = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(letters))}, merges=[]))
+    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=hf).save_pretrained(tmp_path/'bare')
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=None)).save_pretrained(tmp_path/'bare')
+    run = tuned(f'bare-{method}', tmp_path/'bare', 'finetune.template=chat', f'finetune.peft.method={method}')
+    report = export(run, tmp_path/'out', say=lambda line: None)
+    assert report['template_ids'] == 'exact' and report['vocab_size'] > 256
+    same_texts(run, tmp_path/'out', 'chat')
+    if method == 'lora':
+        with pytest.raises(ConfigError, match='adapter'): export(run, tmp_path/'adapter', adapter=True)
+        assert nothing(tmp_path/'adapter')
 
 
 def test_every_token_that_ends_an_answer_ends_generation(room):
