@@ -499,7 +499,7 @@ def summary(
     baseline = baselines((t.chunk(i) for i in range(len(t.chunks))), (v.chunk(i) for i in range(len(v.chunks))), parts.data.tokenizer.vocab_size, rows) if v else {}
     return Result(folder, state, parts.steps, seconds, metrics, baseline, samples, plot_run(folder), sum(p.numel() for p in parts.network.parameters()))
 
-# %% ../nbs/80_recipes.ipynb #90dfba33
+# %% ../nbs/80_recipes.ipynb #56cf4a74
 def finetune(
     cfg:Config, # all settings; finetune.init names the model
     *,
@@ -527,7 +527,7 @@ def first_prompts(
     count:int=4,
 )->dict[str, list[int]]: # the instruction -> tokens that the answer follows
     "What the model is asked at each validation: the first held-out examples."
-    return {row.instruction: prompt_ids(row, taught.template, tokenizer) for row in rows_of(taught.folder, 'validation')[:count]}
+    return {f'{row.instruction}\n': prompt_ids(row, taught.template, tokenizer) for row in rows_of(taught.folder, 'validation')[:count]}
 
 # %% ../nbs/80_recipes.ipynb #0e06dc92
 def open_trained(
