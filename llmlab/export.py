@@ -132,7 +132,7 @@ def write_template(
     for name, content in (before | {'tokenizer_config.json': without}).items(): write_whole(folder/name, content)
     return f'not written: {differs}'
 
-# %% ../nbs/83_export.ipynb #4b5de29f
+# %% ../nbs/83_export.ipynb #3b6b10ce
 ROWS = 8
 _text = 'The quick brown fox jumps over the lazy dog. Below is an instruction: write a short answer, 1 or 2 words.\n'
 
@@ -156,19 +156,26 @@ def allowed(dtype:torch.dtype)->float:
     return 1e-5 if dtype in (torch.float32, torch.float64) else 8*torch.finfo(dtype).eps
 
 @torch.no_grad()
+def _apart(network:nn.Module, other:nn.Module, rows:Tensor)->tuple[float, float]: # drift; part of the places where both find the same token likeliest
+    one, two = network.eval()(rows).double(), other.eval()(input_ids=rows).logits.double()
+    if one.shape != two.shape: raise LlmlabError(f'the model read back gives scores {list(two.shape)}, and the checkpoint {list(one.shape)}. Nothing was written.')
+    return ((one-two).abs().max()/one.abs().max().clamp(min=1.)).item(), (one.argmax(-1) == two.argmax(-1)).double().mean().item()
+
+# %% ../nbs/83_export.ipynb #df8b487d
 def check_scores(
     network:nn.Module, # of the checkpoint, on the CPU
     other:nn.Module, # of transformers, read back from the files
     rows:Tensor, # [B, T]
     tolerance:float|None=None, # largest drift; None: `allowed`
-)->dict[str, float]: # drift, allowed, same_choice (part of the places where both find the same token likeliest)
+)->dict[str, float|str]: # drift, allowed, same_choice, compared_in
     "How far the two are apart. Raises `LlmlabError` where that is too far."
-    one, two = network.eval()(rows).double(), other.eval()(input_ids=rows).logits.double()
-    limit = allowed(network.embed.weight.dtype) if tolerance is None else tolerance
-    if one.shape != two.shape: raise LlmlabError(f'the model read back gives scores {list(two.shape)}, and the checkpoint {list(one.shape)}. Nothing was written.')
-    drift = ((one-two).abs().max()/one.abs().max().clamp(min=1.)).item()
+    dtype = network.embed.weight.dtype
+    limit, (drift, same), compared = allowed(dtype) if tolerance is None else tolerance, _apart(network, other, rows), str(dtype).removeprefix('torch.')
+    if dtype == torch.float32 and not drift <= limit:
+        try: (drift, same), compared = _apart(network.double(), other.double(), rows), 'float64'
+        finally: network.float(); other.float() # exactly what they were
     if not drift <= limit: raise LlmlabError(f'the model read back gives other scores than the checkpoint: they drift by {drift:.1e} of the largest (allowed: {limit:.1e}). Nothing was written.')
-    return {'drift': drift, 'allowed': limit, 'same_choice': (one.argmax(-1) == two.argmax(-1)).double().mean().item()}
+    return {'drift': drift, 'allowed': limit, 'same_choice': same, 'compared_in': compared}
 
 # %% ../nbs/83_export.ipynb #2b314134
 def _read_back(folder:Path, network:nn.Module)->nn.Module:

@@ -325,6 +325,14 @@ def test_a_tokenizer_that_drifts_is_refused(room, tmp_path, monkeypatch):
     assert nothing(tmp_path/'out')
 
 
+def test_rounding_of_products_is_no_difference(room, tmp_path):
+    "Beyond the limit in fp32, within it in fp64: the same model. The folder stays fp32."
+    far = export('ar', tmp_path/'one', say=lambda line: None)
+    report = export('ar', tmp_path/'two', tolerance=far['drift']*.9, say=lambda line: None)
+    assert (far['compared_in'], report['compared_in'], report['dtype']) == ('float32', 'float64', 'float32') and report['drift'] < far['drift']*.9
+    assert (tmp_path/'one/model.safetensors').read_bytes() == (tmp_path/'two/model.safetensors').read_bytes()
+
+
 def test_scores_that_are_no_numbers_are_refused(room):
     model = open_model(checkpoint_of('ar'))
     class Broken(torch.nn.Module):
