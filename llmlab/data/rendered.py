@@ -51,7 +51,7 @@ def look(
     return Seen(example, template, tokenizer, [prompt_ids(_until(row, j), template, tokenizer) for j in learned],
         [row.turns[j].content for j in learned], list(zip(edges[::2].tolist(), edges[1::2].tolist())))
 
-# %% ../../nbs/1_data/03_rendered.ipynb #1d61c2d5
+# %% ../../nbs/1_data/03_rendered.ipynb #31ed207d
 def check_stop(s:Seen)->str:
     "M3: what is wrong with the ends of the answers; '' where all stop."
     stops = s.template.stop_ids(s.tokenizer)
@@ -60,7 +60,8 @@ def check_stop(s:Seen)->str:
 
 def check_text(s:Seen)->str:
     "M4: what is wrong with the text of the targets; '' where it is the answers."
-    found = [s.tokenizer.decode(s.example.ids[a:b]) for a, b in s.runs]
+    stops = s.template.stop_ids(s.tokenizer) # of a Hugging Face template perhaps a token that is not one of our six
+    found = [s.tokenizer.decode(s.example.ids[a:b-(s.example.ids[b-1] in stops)]) for a, b in s.runs]
     if s.template.description['whitespace'] == 'trimmed': found, wanted = [f.strip() for f in found], [a.strip() for a in s.answers]
     else: wanted = s.answers
     if found == wanted: return ''

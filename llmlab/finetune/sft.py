@@ -98,7 +98,7 @@ def settle_epochs(
     say(f'{c.total_jobs} jobs of {c.epochs_per_job:g} epochs: one run of {t.epochs:g} epochs, with one schedule' if c.epochs_per_job else f'{EPOCHS} epochs, since nothing says how long (trainer.epochs, max_steps or max_tokens)')
     return cfg
 
-# %% ../../nbs/6_finetune/00_sft.ipynb #3ed3d8a1
+# %% ../../nbs/6_finetune/00_sft.ipynb #a3ef249e
 @dataclass
 class Taught:
     "The examples of a fine-tuning, as rows, and what they are made of."
@@ -117,6 +117,7 @@ def _source(cfg:Config, say:Callable[[str], None])->tuple[list[Row], dict]:
     if f.max_samples and f.max_samples < len(rows): say(f'Only the first {f.max_samples:,} of {len(rows):,} examples are used (finetune.max_samples)')
     return rows[:f.max_samples], source | {'rows': len(rows[:f.max_samples])}
 
+# %% ../../nbs/6_finetune/00_sft.ipynb #c6d19903
 def teach(
     cfg:Config, # sections data, packing, finetune
     tokenizer:Tokenizer, # of the model

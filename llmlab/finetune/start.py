@@ -20,7 +20,7 @@ from ..models.zoo import build_model, make_objective
 from ..trainer.checkpoint import start_from
 from ..trainer.machine import Machine
 
-# %% ../../nbs/6_finetune/01_start.ipynb #fd1cb515
+# %% ../../nbs/6_finetune/01_start.ipynb #7eb1dfc1
 def _adapters(cfg:Config)->dict: # of add_lora and add_peft
     p = cfg.finetune.peft
     return dict(r=p.r, alpha=p.alpha, dropout=p.dropout, targets=p.targets, seed=cfg.run.seed)
@@ -39,7 +39,6 @@ def _theirs(cfg:Config, base:Base, tokenizer:Tokenizer, machine:Machine, say:Cal
     method = cfg.finetune.peft.method
     network = open_pretrained(base.path, device=machine.device, kind=kind, seq_len=cfg.packing.seq_len, offline=True, quantize='nf4' if method == 'qlora' else None)
     grown = fit_vocabulary(network, tokenizer, say)
-    if cfg.packing.seq_len > network.context: raise ConfigError(f'packing.seq_len is {cfg.packing.seq_len}, and this model reads {network.context} tokens. Set packing.seq_len={network.context} or less.')
     network.recompute = cfg.trainer.gradient_checkpointing
     if method != 'full': add_peft(network, method=method, **_adapters(cfg), train=grown, base=base.path) # (a new end of an answer must be learned)
     return network, make_objective(cfg.model, tokenizer.special)
