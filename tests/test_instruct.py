@@ -86,6 +86,7 @@ def test_no_text_breaks_a_check(text, check):
 
 
 @given(st.text())
+@example("0'\U00020000")
 def test_words_are_the_same_in_any_case_and_composition(text):
     import unicodedata
     assert words_of(unicodedata.normalize('NFD', text)) == words_of(text)

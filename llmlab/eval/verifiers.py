@@ -13,10 +13,10 @@ import inspect, json, re, unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from ..files import ConfigError
 
-# %% ../../nbs/5_eval/065_verifiers.ipynb #fde1454c
+# %% ../../nbs/5_eval/065_verifiers.ipynb #ec2bb9f3
 _unspaced = '\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1780-\u17ff\U00020000-\U0003ffff' # kana, Han, Thai, Lao, Khmer
 _marks = '\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0966-\u0dff' # accents, and the vowel signs of Hebrew, Arabic and the scripts of India: no letters to Python
-_word = re.compile(rf"[{_unspaced}]|[^\W_{_unspaced}](?:[^\W_{_unspaced}]|[{_marks}]|['’](?=\w))*")
+_word = re.compile(rf"[{_unspaced}]|[^\W_{_unspaced}](?:[^\W_{_unspaced}]|[{_marks}]|['’](?=[^\W_{_unspaced}]))*")
 
 def words_of(
     text:str, # of any language
