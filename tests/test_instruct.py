@@ -2,7 +2,7 @@
 import builtins, json, math
 from dataclasses import replace
 import numpy as np, pytest, torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from llmlab import tiny
 from llmlab.config import Model, Tokenizer
 from llmlab.data.corpora import open_corpus
