@@ -118,7 +118,7 @@ def train(
     if compare_baseline: return _compare_baseline(config, overrides, resume, stop_after)
     _run_or_resume(config, overrides, resume, stop_after)
 
-# %% ../nbs/90_cli.ipynb #8b8d6cd3
+# %% ../nbs/90_cli.ipynb #b4488619
 def _check_prepare(mode:str, force:bool, start:int, end:int|None)->None:
     "Options of llmlab_prepare that contradict each other."
     if mode == 'inverse' and (force or start or end is not None): raise ConfigError('--mode inverse looks at everything and mends what is wrong: --force-rebuild, --start-chunk and --end-chunk have no use with it.')
@@ -152,7 +152,9 @@ def prepare(
     if report and report != '-':
         from llmlab.packing.inspect import check_report_name
         check_report_name(report)
-    data = recipe(_settings(config, overrides), force=force_rebuild, mode=mode, start_chunk=start_chunk, end_chunk=end_chunk, verify=verify)
+    cfg = _settings(config, overrides)
+    if export_bins and (cfg.finetune.init or cfg.data.name == 'instructions'): raise ConfigError('--export-bins writes tokens, and examples for fine-tuning are tokens with a mask: what is prepared lies in finetune.folder.')
+    data = recipe(cfg, force=force_rebuild, mode=mode, start_chunk=start_chunk, end_chunk=end_chunk, verify=verify)
     print(data)
     if export_bins:
         from llmlab.packing.bins import export_bins as write
@@ -221,7 +223,7 @@ def _results(path:str)->list[dict]: # of an earlier --output
     if not all(isinstance(r, dict) and 'checkpoint' in r for r in found): raise ConfigError(f'{path} holds no results of llmlab_eval --output FILE.json.')
     return found
 
-# %% ../nbs/90_cli.ipynb #93ea3dd1
+# %% ../nbs/90_cli.ipynb #911e3a70
 @door
 def evaluate(
     names:Param('runs, run folders or checkpoints, or results of an earlier --output (.json); without any, the last run', str, opt=False, nargs='*')=(),
@@ -251,7 +253,7 @@ def evaluate(
     choices:Param('instruct: answers to choose from in ranking (8)', int)=None,
     answers:Param('instruct: the folder for eval.json, generations.jsonl and the tables (eval/ in the run)', str)=None,
     sampler:Param('how diffusion and sdd write, as steps=16,order=prob', str)=None,
-    draws:Param('diffusion, sdd: random masks of each row; more for a steadier bound', int)=1,
+    draws:Param('diffusion, sdd: random masks of each row; more for a steadier bound (1; instruct: 8)', int)=None,
     tokens:Param('tokens to generate for the speed; 0: no speed', int)=64,
     output:Param('write the numbers to this .json or .md file too', str)=None,
     out:Param('the same as --output', str)=None,
@@ -265,13 +267,14 @@ def evaluate(
     from llmlab.eval.compare import comparison_table
     chosen = metrics.split(',') if metrics is not None else None
     answering = dict(examples=examples, before=before, k=choices, folder=answers)
-    follow, chosen, shared = _instruct(chosen, answering, dict(samples=samples, max_new_tokens=max_new_tokens, seed=seed))
+    if chosen == ['instruct'] and (rows or text): raise ConfigError('--rows and --text are for losses: give --samples for fewer examples, and --examples FILE for others.')
+    follow, chosen, shared = _instruct(chosen, answering, dict(samples=samples, max_new_tokens=max_new_tokens, seed=seed, batch_rows=batch_size, draws=draws))
     if shared: samples, max_new_tokens, seed = None, None, None
     how = dict(num_samples=num_samples, temperatures=_numbers(temperatures, '--temperatures'), judge=judge, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens, seed=seed)
     how = {k: v for k, v in how.items() if v is not None}
     asking = _asking(lengths, depths, samples, tasks, by, dict(filler=filler, digits=digits, distractors=distractors, shots=shots))
     options = dict(text=text, best=best, rows=rows, batch_size=batch_size, metrics=chosen, writing=Writing(**how) if how else None, asking=asking or None,
-                   sampler=_options(sampler), draws=draws, speed_tokens=tokens, runs=runs, say=lambda line: print(line, file=sys.stderr))
+                   sampler=_options(sampler), draws=1 if draws is None else draws, speed_tokens=tokens, runs=runs, say=lambda line: print(line, file=sys.stderr))
     if plot and judge is None and chosen is not None and not {'perplexity', 'longcontext'} & set(chosen) and not any(n.endswith('.json') for n in names): raise ConfigError('--plot draws losses, or with --judge the frontier: add the metric perplexity, or a judge.')
     wanted = [*names, *([run] if run else [])] or ['last']
     def measure(name:str)->dict:
@@ -281,7 +284,7 @@ def evaluate(
     print(json.dumps(results[0], indent=2)) if len(results) == 1 else _print(comparison_table(results))
     _write_results(results, output or out, plot)
 
-# %% ../nbs/90_cli.ipynb #5f822a89
+# %% ../nbs/90_cli.ipynb #83e61213
 def _chat(run:str, prompts:list[str]|None, infill, dials:dict)->None:
     "A conversation, in the terminal or with what was asked on the command line."
     from llmlab.tuned import chat as talk
@@ -293,7 +296,7 @@ def _chat(run:str, prompts:list[str]|None, infill, dials:dict)->None:
             line = sys.stdin.readline()
             if not line: return
             if line.strip(): yield line.rstrip('\n')
-    for said in talk(run, prompts or lines(), **dials): print(said, flush=True)
+    for said in talk(run, prompts or lines(), say=lambda line: print(line, file=sys.stderr), **dials): print(said, flush=True)
 
 @door
 def generate(

@@ -255,7 +255,7 @@ def _write_adapter(model:scoring.OpenModel, base:str|Path|None, folder:Path, say
         plain = _read_back(Path(network.adapter['base']['path']), network)
     return {'format': 'PEFT', 'base': str(base) if ours and base else None if ours else network.adapter['base']['path'], 'template_ids': None}, PeftModel.from_pretrained(plain, folder)
 
-# %% ../nbs/83_export.ipynb #6951014a
+# %% ../nbs/83_export.ipynb #fe8783d8
 @contextlib.contextmanager
 def _no_bars()->Iterator[None]:
     "transformers without progress bars."
@@ -269,7 +269,8 @@ def _no_bars()->Iterator[None]:
 def _about(model:scoring.OpenModel, template:Template|None, folder:Path)->dict:
     "What an export is made of."
     network, adapter = model.network, getattr(model.network, 'adapter', None)
-    return {'checkpoint': model.info['path'], 'step': model.info['global_step'], 'architecture': model.info['architecture'], 'parameters': sum(p.numel() for p in network.parameters()),
+    return {'checkpoint': model.info['path'], 'step': model.info['global_step'], 'architecture': model.info['architecture'], 'parameters': sum(p.numel() for n, p in network.named_parameters() if 'lora_' not in n), # merged, they are none of their own
+           
             'dtype': str(network.embed.weight.dtype).removeprefix('torch.'), 'seq_len': network.shape.seq_len, 'vocab_size': network.shape.vocab_size, 'adapter': adapter and adapter['method'],
             'tokenizer': {'kind': model.tokenizer.kind, 'fingerprint': model.tokenizer.fingerprint}, 'template': template and template.name, 'stop_ids': template.stop_ids(model.tokenizer) if template else [model.tokenizer.eos_id],
             'files': {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},

@@ -6,12 +6,12 @@
 __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'tokenizer_folder', 'prepare_tokenizer', 'Prepared', 'check_cache',
            'full_rows', 'prepare', 'prepare_examples', 'Parts', 'build', 'gather_parts', 'validator', 'settle_shift',
            'begin_from', 'Result', 'write_down', 'open_run', 'resume_settings', 'check_gates', 'settle_length',
-           'pretrain', 'work_of', 'carry_out', 'summary', 'finetune', 'first_prompts', 'open_trained', 'held_out',
-           'chosen_metrics', 'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'long_context', 'evaluate',
-           'generate', 'gaps', 'fill']
+           'pretrain', 'work_of', 'carry_out', 'summary', 'finetune', 'keep_base', 'base_again', 'settle_warmup',
+           'first_prompts', 'open_trained', 'held_out', 'chosen_metrics', 'Writing', 'about_model', 'generation',
+           'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps', 'fill']
 
-# %% ../nbs/80_recipes.ipynb #c03d5efb
-import contextlib, fcntl, functools, json, math, re, time
+# %% ../nbs/80_recipes.ipynb #6aa4af5e
+import contextlib, fcntl, functools, json, math, os, re, shutil, time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from .finetune.examples import gather_examples, looks
 from .finetune.sft import Base, Taught, settle_base
 from .finetune.start import start_network
 from .finetune.vision import freeze_unused
-from .files import CacheError, CheckpointError, ConfigError, DataError, LlmlabError, hash_json, read_json, read_jsonl, write_json
+from .files import CacheError, CheckpointError, ConfigError, DataError, LlmlabError, hash_json, read_json, read_jsonl, whole_folder, write_json
 from .models.transformer import Shape, flops_per_token
 from .models.zoo import build_model
 from .packing.bins import bins_tokenizer, find_bins, open_bins
@@ -149,7 +149,7 @@ def _prepare_bins(cfg:Config, say:Callable[[str], None])->Prepared:
     if caches['train'].meta['params']['bos_id'] is None: say('Their documents have no BOS, so this model will not have seen one: give it prompts that are not empty.')
     return Prepared(None, tokenizer, caches['train'], caches.get('validation'), tokenizer_file)
 
-# %% ../nbs/80_recipes.ipynb #2cfe4eb3
+# %% ../nbs/80_recipes.ipynb #2daa0f4e
 def _open_part(cfg:Config, corpus:Corpus, tokenizer:Tokenizer, splits:Sequence[str])->dict[str, Cache]:
     "The caches as far as they are built."
     caches = {s: open_cache(cache_folder(corpus, tokenizer, cfg.packing, s), tokenizer) for s in splits}
@@ -180,6 +180,7 @@ def prepare(
     "Corpus, tokenizer and packed cache of these settings, each made only if it is missing. Raises `DataError`, `CacheError`."
     if cfg.data.name == 'instructions' or cfg.finetune.init:
         if mode != 'normal' or start_chunk or end_chunk is not None: raise ConfigError('examples for fine-tuning are made in one go: --mode inverse, packing.partial and chunk ranges are for a packed cache.')
+        if verify: say('Prepared examples are held against their hashes each time they are read.')
         return prepare_examples(*settle_base(cfg, say), say, force)[0]
     if cfg.data.name == 'bins':
         if force or mode == 'inverse' or start_chunk or end_chunk is not None: raise ConfigError('token files (data.name=bins) are read as they lie: there is nothing to build or to mend. Leave out --force-rebuild, --mode inverse and chunk ranges.')
@@ -356,7 +357,7 @@ class Result:
         for s in self.samples[:2]: lines += ['', f'  sample: {s["prompt"]!r} goes on', *('    '+l for l in (s['prompt']+s['text']).splitlines())]
         return '\n'.join(lines)
 
-# %% ../nbs/80_recipes.ipynb #73223c55
+# %% ../nbs/80_recipes.ipynb #3950d33f
 def write_down(
     cfg:Config, # all settings
     folder:Path, # the run folder
@@ -387,8 +388,10 @@ def resume_settings(
     runs:str|Path='runs', # the folder of the runs
 )->tuple[Config, Path]: # the settings, and the run folder
     "What is needed to go on with a run."
-    folder = find_run(name, runs)
-    return load_config(folder/'config.yaml', overrides), folder
+    folder, lengths = find_run(name, runs), ('max_steps', 'max_tokens', 'epochs')
+    asked = [k for k in lengths if any(o.lstrip('-').startswith(f'trainer.{k}=') for o in overrides)]
+    others = [f'trainer.{k}=null' for k in lengths if k not in asked] if asked else [] # another length takes the place of the one that was
+    return load_config(folder/'config.yaml', [*others, *overrides]), folder
 
 # %% ../nbs/80_recipes.ipynb #091660ee
 def _into(parts:Parts, checkpoint:dict|None)->TrainState:
@@ -444,7 +447,7 @@ def pretrain(
         if cfg.model.init: begin_from(cfg, parts, say)
     return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
 
-# %% ../nbs/80_recipes.ipynb #f3f2d29a
+# %% ../nbs/80_recipes.ipynb #785350ce
 def work_of(
     network:torch.nn.Module, # ours or another's
     seq_len:int, # tokens that attention spans
@@ -464,6 +467,7 @@ def carry_out(
     start:float|None=None, # time.monotonic() when the sitting began; None: now
 )->Result:
     "What pretraining and fine-tuning have in common: a run folder, the loop, the end. Raises `Stopped`."
+    if cfg.trainer.patience and parts.data.validation is None: raise ConfigError('trainer.patience counts validations, and nothing is held out (data.validation_fraction is 0). Hold something out, or leave it out.')
     start = time.monotonic() if start is None else start
     folder, checkpoint = open_run(cfg, resume, say)
     if checkpoint is None:
@@ -499,7 +503,7 @@ def summary(
     baseline = baselines((t.chunk(i) for i in range(len(t.chunks))), (v.chunk(i) for i in range(len(v.chunks))), parts.data.tokenizer.vocab_size, rows) if v else {}
     return Result(folder, state, parts.steps, seconds, metrics, baseline, samples, plot_run(folder), sum(p.numel() for p in parts.network.parameters()))
 
-# %% ../nbs/80_recipes.ipynb #56cf4a74
+# %% ../nbs/80_recipes.ipynb #d950469e
 def finetune(
     cfg:Config, # all settings; finetune.init names the model
     *,
@@ -510,16 +514,52 @@ def finetune(
 )->Result:
     "Tune a model on examples, from its weights to the last checkpoint. Raises `Stopped` when a signal or the limit ends the sitting early, with everything saved."
     start = time.monotonic()
-    cfg, base = settle_base(cfg, say)
+    cfg, base = settle_base(base_again(cfg, resume) if resume else cfg, say)
     machine = set_up(cfg.run, say)
     data, taught = prepare_examples(cfg, base, say)
     network, objective = start_network(cfg, base, data.tokenizer, machine, say, 'image-text' if looks(base) else 'causal')
     if looks(base) and cfg.finetune.peft.method == 'full': freeze_unused(network, next(in_order(data.train, 1, device=machine.device)), say)
     parts = gather_parts(cfg, machine, data, network, objective)
     parts.prompts = first_prompts(taught, data.tokenizer) if taught.folder and taught.validation is not None else {}
+    if not resume: settle_warmup(cfg, parts.steps, say)
     def begin(folder:Path)->None:
         if cfg.data.name == 'file': load_user_file(cfg.data.file, copy_to=folder) # what was run, beside what it gave
+        if base.ours: cfg.finetune.init = str(keep_base(base, folder))
+        if base.ours and getattr(network, 'adapter', None): network.adapter['base']['path'] = cfg.finetune.init
     return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
+
+def keep_base(
+    base:Base, # a checkpoint of ours
+    folder:Path, # of a run that starts from it
+)->Path: # where it is kept
+    "Keep the weights that a run starts from in its own folder: its adapters are nothing without them, and the other run throws old checkpoints away. A second name for the same bytes, where the disk can."
+    with whole_folder(folder/'base', CheckpointError) as part:
+        for p in base.path.iterdir():
+            if p.name == 'training.pt' or not p.is_file(): continue
+            try: os.link(p, part/p.name)
+            except OSError: shutil.copy2(p, part/p.name) # another disk, or one without links
+    return (folder/'base').absolute()
+
+def base_again(
+    cfg:Config, # of a run that was tuned
+    folder:Path, # of that run
+)->Config:
+    "The same, its base where it is now: a run's folder may have moved, with the base in it."
+    if not cfg.finetune.init or Path(cfg.finetune.init).exists() or not (folder/'base').is_dir(): return cfg
+    cfg = cfg.model_copy(deep=True)
+    cfg.finetune.init = str((folder/'base').absolute())
+    return cfg
+
+def settle_warmup(
+    cfg:Config, # optim.warmup_steps is shortened in it
+    steps:int, # of the run
+    say:Callable[[str], None]=print, # told what is changed
+)->None:
+    "A warm-up that would take more than a third of a run takes a tenth."
+    warm = cfg.optim.warmup_steps
+    if warm is None or 3*warm <= steps: return
+    cfg.optim.warmup_steps = steps//10
+    say(f'The warm-up takes {steps//10:,} steps instead of {warm:,} (optim.warmup_steps): this run has only {steps:,}.')
 
 def first_prompts(
     taught:Taught, # the examples
@@ -527,7 +567,7 @@ def first_prompts(
     count:int=4,
 )->dict[str, list[int]]: # the instruction -> tokens that the answer follows
     "What the model is asked at each validation: the first held-out examples."
-    return {f'{row.instruction}\n': prompt_ids(row, taught.template, tokenizer) for row in rows_of(taught.folder, 'validation')[:count]}
+    return {f'{row.prompt}\n': prompt_ids(row, taught.template, tokenizer) for row in rows_of(taught.folder, 'validation')[:count]}
 
 # %% ../nbs/80_recipes.ipynb #0e06dc92
 def open_trained(
@@ -544,14 +584,17 @@ def open_trained(
     machine = set_up(Run(device=device, precision=precision), say)
     return scoring.open_model(checkpoint, machine.device), machine
 
-# %% ../nbs/80_recipes.ipynb #b8d860bc
+# %% ../nbs/80_recipes.ipynb #d8d5ea48
 def held_out(
     model:scoring.OpenModel, # an open checkpoint
     say:Callable[[str], None]=lambda line: None, # told what happens
 )->Cache:
     "The rows that the run of a checkpoint held out, made again where they are missing. Raises `DataError` if it held none out."
     cfg = Config.model_validate(model.info['train_config'])
-    validation = prepare(cfg, mode='part' if cfg.packing.partial else 'normal', say=say).validation
+    cfg = base_again(cfg, Path(model.info['path']).parent.parent)
+    data = prepare(cfg, mode='part' if cfg.packing.partial else 'normal', say=say)
+    if cfg.finetune.init: check_same(data.train, model.info['cache_info']) # a file that was changed is divided otherwise
+    validation = data.validation
     if validation is None: raise DataError('this run holds nothing out for validation (data.validation_fraction is 0). Score a text file: --text FILE')
     return validation
 
@@ -614,7 +657,7 @@ def generation(
     if judge: out |= {'judge': judge.info['path'], 'judge_is_itself': Path(judge.info['path']).resolve() == Path(model.info['path']).resolve()}
     return out | {'generation': points}
 
-# %% ../nbs/80_recipes.ipynb #be1e244a
+# %% ../nbs/80_recipes.ipynb #b17c1c96
 EXACT_ROWS = 64 # of a diffusion family: each row takes as many passes as its sampler has steps
 
 def exact(
@@ -624,7 +667,7 @@ def exact(
 )->dict: # val/nll_exact (nats a token), and the sampler that it is exact for
     "Exact negative log-likelihood: of a diffusion family under its sampler's order and steps, at temperature 1."
     o, nats, count = model.objective, 0., 0
-    of = None if o.name == 'ar' else o.sampler if o.name == 'diffusion' else o.diffusion.sampler
+    of = None if not o.is_bound else o.sampler if o.name == 'diffusion' else o.diffusion.sampler
     with scoring.looking(model.network), machine.autocast():
         for batch in batches:
             batch = batch.to(machine.device)
@@ -656,7 +699,7 @@ def long_context(
     off = model.network.without_memory if model.network.shape.attention == 'infini' else None
     return longcontext(model, batches, settings=settings, off=off, machine=machine, say=say, **asking)
 
-# %% ../nbs/80_recipes.ipynb #3d52e6fa
+# %% ../nbs/80_recipes.ipynb #e7db4554
 def evaluate(
     run:str='last', # a run, a run folder or a checkpoint
     *,
@@ -678,7 +721,7 @@ def evaluate(
     metrics = chosen_metrics(metrics, writing is not None, asking is not None)
     if draws < 1: raise ConfigError(f'draws is {draws}; it must be 1 or more.')
     model, machine = open_trained(run, best, runs, say=say)
-    if sampler and lenient and model.objective.name == 'ar': say(f'{model.info["path"]} is autoregressive: written without {", ".join(sampler)}'); sampler = None
+    if sampler and lenient and not model.objective.is_bound: say(f'{model.info["path"]} is autoregressive: written without {", ".join(sampler)}'); sampler = None
     if sampler: model = model._replace(objective=model.objective.with_sampler(**sampler))
     numbers = about_model(model) | ({'text': str(text)} if text is not None else {'corpus': model.info['cache_info'].get('corpus')}) | ({'sampler': sampler} if sampler else {}) | ({'draws': draws} if model.objective.is_bound else {})
     score_it, write_it, rows_too = 'perplexity' in metrics or 'accuracy' in metrics, 'generation' in metrics, bool({'exact', 'longcontext'} & set(metrics))
@@ -688,7 +731,7 @@ def evaluate(
     elif score_it: scores = scoring.evaluate(model.network, model.objective, in_order(validation, batch_size, rows, machine.device), machine=machine, token_bytes=byte_lengths(model.tokenizer), draws=draws)
     if score_it: numbers |= {k: v for k, v in scores.items() if ('accuracy' if k.startswith('val/accuracy') else 'perplexity') in metrics or k in ('val/is_bound', 'val/targets', 'val/rows')}
     if 'exact' in metrics:
-        if not hasattr(model.objective, 'exact_nll') and model.objective.name != 'ar': raise ConfigError('this model has no exact likelihood: its sampler draws from marginals (model.sdd.process=swap). Leave out the metric exact.')
+        if not hasattr(model.objective, 'exact_nll') and model.objective.is_bound: raise ConfigError('this model has no exact likelihood: its sampler draws from marginals (model.sdd.process=swap). Leave out the metric exact.')
         part = scoring.batches_of(scoring.text_rows(texts, model.tokenizer, model.network.shape.seq_len), batch_size) if text is not None else in_order(validation, batch_size, rows or EXACT_ROWS, machine.device)
         numbers |= exact(model, part, machine)
     if 'longcontext' in metrics:

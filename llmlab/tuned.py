@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['template_of', 'open_base', 'answer', 'chat', 'held_out_rows', 'follow']
 
-# %% ../nbs/82_tuned.ipynb #0e27d755
+# %% ../nbs/82_tuned.ipynb #c71d08f3
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 import torch
@@ -13,11 +13,12 @@ from .config import Config
 from .data.instructions import Row, Template, Turn, make_template, open_template, prompt_ids, read_rows
 from .data.rendered import rows_of
 from .eval import evaluate as scoring
-from .eval.instruct import instruct, write_instruct
+from .eval.instruct import instruct, instruct_lines, write_instruct
 from .files import CheckpointError, ConfigError, DataError, read_json
 from .finetune.sft import Base, find_base, settle_base
 from .models.pretrained import HFCausal, fit_vocabulary, open_pretrained
-from .recipes import open_trained, prepare_examples
+from .packing.loader import check_same
+from .recipes import base_again, open_trained, prepare_examples
 from .trainer.machine import Machine
 
 # %% ../nbs/82_tuned.ipynb #62bf9e03
@@ -40,7 +41,7 @@ def open_base(
     fit_vocabulary(network, tokenizer, lambda line: None)
     return scoring.OpenModel(network.eval(), HFCausal(), tokenizer, {'path': str(base.path), 'global_step': 0, 'architecture': 'hf'})
 
-# %% ../nbs/82_tuned.ipynb #6c91fbf5
+# %% ../nbs/82_tuned.ipynb #186902e7
 def answer(
     model:scoring.OpenModel, # an open checkpoint
     turns:Sequence[Turn], # said so far; the last one is the user's
@@ -57,7 +58,7 @@ def answer(
     template = template or template_of(model)
     ids = prompt_ids(Row('asked', (*turns, Turn('assistant', ''))), template, model.tokenizer)
     room = model.network.shape.seq_len+1-len(ids)
-    if room < 1: raise ConfigError(f'the conversation has {len(ids):,} tokens, and this model reads {model.network.shape.seq_len:,}. Begin a new one.')
+    if room < 1: raise ConfigError(f'the conversation has {len(ids):,} tokens, and this model reads {model.network.shape.seq_len:,}. Begin a new one, or tune with a larger packing.seq_len.')
     generator, ends = torch.Generator().manual_seed(seed), set(template.stop_ids(model.tokenizer))
     with scoring.looking(model.network), machine.autocast():
         new = model.objective.generate(model.network, [ids], max_new_tokens=min(max_new_tokens, room), temperature=temperature, top_k=top_k, top_p=top_p, stop_id=model.tokenizer.eos_id, generator=generator)[0]
@@ -71,18 +72,21 @@ def chat(
     best:bool=False, # the checkpoint with the lowest validation loss, instead of the newest
     sampler:dict|None=None, # diffusion, sdd: options of the sampler
     runs:str|Path='runs', # the folder of the runs
+    say:Callable[[str], None]=lambda line: None, # told if it was never tuned
     **dials, # of `answer`
 )->Iterable[str]: # an answer for each
     "Talk with a tuned model: what was said stays said."
     model, machine = open_trained(run, best, runs)
+    if model.info['model_config'].get('auto') == 'image-text': raise ConfigError('this model looks at pictures, and a terminal has none to show. Ask it in a notebook (llmlab.finetune.vision.answers).')
     if sampler: model = model._replace(objective=model.objective.with_sampler(**sampler))
+    if not read_json(Path(model.info['path'])/'meta.json', CheckpointError).get('template'): say('This model was not tuned to answer: it is asked by the template alpaca, and goes on as it may.')
     turns = [Turn('system', system)] if system else []
     for text in asked:
         turns.append(Turn('user', text))
         turns.append(Turn('assistant', answer(model, turns, machine=machine, **dials)))
         yield turns[-1].content
 
-# %% ../nbs/82_tuned.ipynb #26d1e0ab
+# %% ../nbs/82_tuned.ipynb #92e67217
 def held_out_rows(
     model:scoring.OpenModel, # an open checkpoint
     say:Callable[[str], None]=lambda line: None, # told what happens
@@ -90,7 +94,9 @@ def held_out_rows(
     "What a tuned model has not seen. Raises `DataError` where nothing was held out, or it was not tuned."
     cfg = Config.model_validate(model.info['train_config'])
     if not cfg.finetune.init: raise DataError(f'{model.info["path"]} was not fine-tuned, so there are no examples that it held out. Give some: --examples FILE')
+    cfg = base_again(cfg, Path(model.info['path']).parent.parent)
     taught = prepare_examples(*settle_base(cfg, lambda line: None), say)[1]
+    check_same(taught.train, model.info['cache_info']) # a file that was changed is divided otherwise: what was learned would be asked
     if taught.folder is None: raise DataError('this run learned from examples that no template wrote (pictures, tokens, a collator), and instruct asks questions of text. Give some: --examples FILE')
     if taught.validation is None: raise DataError('this run held nothing out (data.validation_fraction is 0). Give other examples: --examples FILE')
     return rows_of(taught.folder, 'validation'), [r.response for r in rows_of(taught.folder, 'train')]
@@ -111,7 +117,8 @@ def follow(
     model, machine = open_trained(run, best, runs, say=say)
     if sampler: model = model._replace(objective=model.objective.with_sampler(**sampler))
     rows, learned = (read_rows(examples, say=say), None) if examples else held_out_rows(model, say)
-    init = model.info['train_config'].get('finetune', {}).get('init') if before == 'auto' else before
+    own = base_again(Config.model_validate(model.info['train_config']), Path(model.info['path']).parent.parent).finetune.init
+    init = own if before == 'auto' else before
     other = open_base(find_base(init, runs, say=say), machine, model.network.shape.seq_len) if init else None
     if other is None and before == 'auto': say('This model was not tuned from another: its numbers stand alone (--before NAME for a comparison).')
     if other is not None and other.network.shape.seq_len < model.network.shape.seq_len: say(f'The model before tuning reads {other.network.shape.seq_len} tokens, this one {model.network.shape.seq_len}: examples that are longer are left out for both.')
@@ -119,5 +126,8 @@ def follow(
     path = Path(model.info['path'])
     where = Path(folder) if folder else (path.parent.parent if path.parent.name == 'checkpoints' else path)/'eval'/f'instruct-{path.name}'
     write_instruct(where, found)
+    head, lines = instruct_lines(found)
+    widths = [max(len(r[i]) for r in [head, *lines]) for i in range(len(head))]
+    say('\n'.join('  '.join(f'{cell:<{w}}' for cell, w in zip(r, widths)).rstrip() for r in [head, *lines]))
     say(f'Answers and tables: {where}')
     return {k: v for k, v in found.items() if k != 'rows'} | {'checkpoint': str(path), 'examples': str(examples) if examples else 'held out', 'folder': str(where)}

@@ -57,7 +57,7 @@ def settings(init, *more):
 
 @pytest.mark.parametrize('init', ['ar', 'diffusion', 'sdd', 'llama'])
 @pytest.mark.parametrize('method', ['full', 'lora'])
-def test_every_family_learns_answers(init, method):
+def test_every_family_learns_answers(init, method, room):
     r = finetune(settings(init, f'run.name={init}-{method}', 'trainer.max_steps=24', f'finetune.peft.method={method}', 'finetune.peft.r=8', *['optim.lr=2e-2']*(method == 'lora')), **quiet)
     curve = [m['train/loss'] for m in read_jsonl(r.folder/'metrics.jsonl') if 'train/loss' in m]
     assert curve[-1] < curve[0]-(.05 if (init, method) == ('llama', 'lora') else .5) and r.samples # (adapters cannot do much for a head of noise)
@@ -65,7 +65,7 @@ def test_every_family_learns_answers(init, method):
     assert_close(again['val/loss'], r.metrics['val/loss'], rtol=1e-5, atol=1e-5)
     checkpoint = sorted((r.folder/'checkpoints').glob('step-*'))[-1]
     meta = read_json(checkpoint/'meta.json')
-    assert meta['template']['name'] == 'alpaca' and meta['train_config']['finetune']['init'] == str(find_base(init).path)
+    assert meta['template']['name'] == 'alpaca' and meta['train_config']['finetune']['init'] == str(room/'llama' if init == 'llama' else r.folder.absolute()/'base')
     if method == 'lora': assert all('lora_' in k or k.startswith('extras.') for k in load_file(checkpoint/'model.safetensors'))
 
 
@@ -96,6 +96,44 @@ def test_killed_in_the_middle_of_an_epoch_it_resumes_to_the_same_bits(init, meth
     for k in weights: assert_close(weights[k], others[k], rtol=0, atol=0)
 
 
+def test_the_base_stays_with_the_run(room, monkeypatch):
+    "The other run goes on and throws its old checkpoint away, or the folder of all runs moves: adapters still have what they lie on."
+    pretrain(tiny.config('run.name=mother', 'packing.seq_len=128', 'trainer.max_steps=10', 'trainer.eval_interval=10', 'trainer.sample_tokens=0'), **quiet)
+    short = ['trainer.max_steps=6', 'trainer.save_interval=3']
+    with pytest.raises(Stopped): finetune(settings('mother', 'run.name=child', 'finetune.peft.method=lora', *short), limit=Limit(steps=3), **quiet)
+    whole = finetune(settings('mother', 'run.name=whole-child', *short), **quiet)
+    (room/'runs'/'mother').rename(room/'lost')
+    try:
+        cfg, folder = resume_settings('child')
+        before = finetune(cfg, resume=folder, **quiet).metrics['val/loss']
+        for run in ('child', 'whole-child'): assert evaluate(run, metrics=['perplexity'])['val/loss'] > 0
+        (room/'elsewhere').mkdir()
+        (room/'runs'/'child').rename(room/'elsewhere'/'child')
+        assert_close(evaluate(str(room/'elsewhere'/'child'), metrics=['perplexity'])['val/loss'], before, rtol=1e-5, atol=1e-5)
+    finally: (room/'lost').rename(room/'runs'/'mother')
+
+
+def test_what_was_learned_is_never_asked(room):
+    rows = [{'instruction': f'Say the number {i}.', 'output': f'It is {i}.'} for i in range(40)]
+    (room/'numbers.json').write_text(json.dumps(rows))
+    finetune(settings('ar', f'data.path={room}/numbers.json', 'finetune.split=tail', 'run.name=numbers', 'trainer.max_steps=3'), **quiet)
+    assert evaluate('numbers', metrics=['perplexity'])['val/loss'] > 0
+    (room/'numbers.json').write_text(json.dumps(rows[::-1])) # now others are the last
+    from llmlab.files import CacheError
+    from llmlab.tuned import follow
+    for ask in (lambda: evaluate('numbers', metrics=['perplexity']), lambda: follow('numbers', max_new_tokens=2)):
+        with pytest.raises(CacheError, match='fingerprint'): ask()
+
+
+def test_a_short_run_has_a_short_warm_up_and_can_be_made_longer(room):
+    said = []
+    finetune(settings('ar', 'run.name=shorter', 'trainer.max_steps=20', 'optim.warmup_steps=100'), screen='none', say=said.append)
+    assert any('2 steps instead of 100' in line for line in said)
+    assert read_json(room/'runs'/'shorter'/'status.json')['step'] == 20
+    cfg, folder = resume_settings('shorter', ['trainer.epochs=1'])
+    assert (cfg.trainer.max_steps, cfg.trainer.epochs, cfg.optim.warmup_steps) == (None, 1, 2)
+
+
 def test_a_resume_by_train_goes_on_too(llmlab, room):
     done = llmlab('llmlab_finetune', 'finetune.init=ar', 'run.name=two-doors', 'tracking.wandb=off', 'packing.seq_len=128', 'trainer.max_steps=8', '--stop-after', '4', cwd=room)
     assert done.returncode == 75 and 'llmlab_finetune --resume' in done.stderr
@@ -115,6 +153,20 @@ def test_prepare_makes_the_same_folder(llmlab, room):
     assert times == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
 
 
+THEIRS = {
+    'item': 'class D(list):\n    def __getitem__(self, i): raise KeyError("answer")\ndef get_custom_dataset(dataset_config, processor, split): return D([1, 2])\n',
+    'labels': 'def get_custom_dataset(dataset_config, processor, split): return [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [5]}]\n',
+    'kinds': 'def get_custom_dataset(dataset_config, processor, split): return [{"instruction": "a", "output": "b"}]*4 if split == "train" else ["x"]\n',
+    'collator': 'def get_custom_dataset(dataset_config, processor, split): return [1, 2, 3]\ndef get_data_collator(processor):\n    def collate(some): raise ValueError("on purpose")\n    return collate\n',
+}
+
+@pytest.mark.parametrize('kind, text', [('item', "KeyError: 'answer'"), ('labels', 'example 1 of the train split has no labels'), ('kinds', 'example 0 of the validation split is a str'), ('collator', 'on purpose')])
+def test_mistakes_in_the_users_file_are_told_as_theirs(kind, text, room):
+    (room/f'u_{kind}.py').write_text(THEIRS[kind])
+    with pytest.raises(DataError) as e: finetune(settings('llama', 'data.name=file', f'data.file={room}/u_{kind}.py', 'run.name=never'), **quiet)
+    assert text in str(e.value) and f'u_{kind}.py' in str(e.value) and not (room/'runs'/'never').exists()
+
+
 @pytest.mark.parametrize('more, text', [
     (['finetune.init=nothing-here'], 'there is no run'),
     (['data.path=none.json'], 'none.json'),
@@ -123,6 +175,8 @@ def test_prepare_makes_the_same_folder(llmlab, room):
     (['finetune.peft.method=dora'], 'for Hugging Face models'),
     (['finetune.peft.method=lora', 'finetune.peft.targets=nothing'], 'nothing'),
     (['data.name=python'], 'data.name=instructions'),
+    (['tokenizer.kind=byte'], 'brings its own tokenizer'),
+    (['trainer.patience=1', 'data.validation_fraction=0'], 'nothing is held out'),
 ])
 def test_what_cannot_be_is_said_and_nothing_is_left(more, text, llmlab, room):
     before = set((room/'runs').iterdir())

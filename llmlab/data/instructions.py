@@ -16,7 +16,7 @@ from .formats import Row, Turn, bundled_rows, read_rows # (the last two for whoe
 from .tokenizer import SPECIALS, Tokenizer
 from ..files import ConfigError, DataError, read_json
 
-# %% ../../nbs/1_data/02_instructions.ipynb #50a2fc69
+# %% ../../nbs/1_data/02_instructions.ipynb #d0938c9b
 @dataclass(frozen=True)
 class Segment:
     "A piece of a row, written by a template."
@@ -28,7 +28,9 @@ class Segment:
 def _special_id(name:str, tokenizer:Tokenizer)->int:
     "The id of BOS and the like, or of a special token that a Hugging Face tokenizer names."
     if name in SPECIALS: return tokenizer.special[name]
-    return next(t['id'] for t in tokenizer.description['tokenizer']['added_tokens'] if t['content'] == name)
+    found = [t['id'] for t in tokenizer.description.get('tokenizer', {}).get('added_tokens', []) if t['content'] == name]
+    if not found: raise DataError(f'the template writes the token {name}, which {tokenizer} does not have: it belongs to another model. Take the template of this one (finetune.template=alpaca).')
+    return found[0]
 
 def encode_segments(
     segments:Sequence[Segment], # of one row

@@ -108,7 +108,7 @@ def call_by_name(
     if any(p.kind == p.VAR_KEYWORD for p in declared): named = {k: v for k, v in given.items() if k != 'tokenizer' and k not in {p.name for p in declared if p.kind == p.POSITIONAL_ONLY}} | named
     with users_code(path, f'in {name}'+(f', split={given["split"]!r}' if 'split' in given else ''), hint): return function(*positional, **named)
 
-# %% ../../nbs/1_data/03_userfile.ipynb #74b43ce6
+# %% ../../nbs/1_data/03_userfile.ipynb #72a860ff
 def as_dataset_config(
     file:str|Path, # as the config has it
     train_split:str='train', # what the function is told for the training split
@@ -154,7 +154,17 @@ class UserFile:
         if not hasattr(self.module, COLLATOR): return None
         found = call_by_name(_function(self.module, self.path, COLLATOR), self.path, dict(processor=processor, tokenizer=processor))
         if not callable(found): raise DataError(f'{self.path.name}: {COLLATOR} gave a {type(found).__name__}, which cannot be called. Let it return a function of a list of examples.')
-        return found
+        def collate(examples:list)->Any:
+            with users_code(self.path, f'in the collator, given {len(examples)} example{"s"*(len(examples) > 1)}'): return found(examples)
+        return collate
+
+    def example(self,
+        dataset:Any, # from `dataset`
+        i:int, # which of its examples
+        split:str, # for the message
+    )->Any:
+        "One example. Raises `UserCodeError`."
+        with users_code(self.path, f'example {i} of the {split} split'): return dataset[i]
 
     def describe(self)->dict[str, str]:
         "What to record of it with a run."

@@ -164,15 +164,15 @@ class OpenModel(NamedTuple):
     tokenizer:Tokenizer
     info:dict            # path, global_step, architecture, model_config, train_config, cache_info, val_loss, best_val_loss, adapter
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #1b05e9c6
+# %% ../../nbs/5_eval/01_evaluate.ipynb #529e0ecd
 def _find_base(
     checkpoint:Path, # with adapters
     adapter:dict, # its record
     base:str|Path|None, # where somebody says that it is
 )->Path: # its checkpoint
-    "Where the base is: where it was, or in the same place beside a run that was moved. Raises `CheckpointError`."
+    "Where the base is: where it was, in the folder of the run, or in the same place beside a run that was moved. Raises `CheckpointError`."
     noted = adapter['base']['path']
-    places = [Path(base)] if base is not None else [] if noted is None else [Path(noted), (checkpoint/'../../..').resolve()/Path(*Path(noted).parts[-3:])]
+    places = [Path(base)] if base is not None else [] if noted is None else [Path(noted), (checkpoint/'../../base').resolve(), (checkpoint/'../../..').resolve()/Path(*Path(noted).parts[-3:])]
     for place in places:
         if place.is_dir(): return find_checkpoint(place)
     raise CheckpointError(f"{checkpoint} holds adapters alone ({adapter['method']}, rank {adapter['r']}), and their base is not there: {places[0] if places else 'its path was not noted'}. "

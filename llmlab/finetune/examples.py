@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['looks', 'processor_of', 'gather_examples']
 
-# %% ../../nbs/6_finetune/04_examples.ipynb #f9da01b3
+# %% ../../nbs/6_finetune/04_examples.ipynb #217dbf1c
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from ..config import Config
 from ..data.formats import read_records, rows_of_records
 from ..data.tokenizer import Tokenizer
-from ..data.userfile import as_dataset_config, load_user_file
+from ..data.userfile import UserFile, as_dataset_config, load_user_file
 from ..files import CheckpointError, ConfigError, DataError, hash_file, hash_json, read_json
 from .sft import Base, Taught, teach, teach_rows
 from .vision import image_rows, open_processor, read_image_examples
@@ -51,8 +51,24 @@ def _picture_file(cfg:Config, processor:Any, tokenizer:Tokenizer, say:Callable[[
     cut = len(found)-round(len(found)*cfg.data.validation_fraction)
     return _pictures(cfg, {'train': found[:cut], 'validation': found[cut:]}, processor, tokenizer, say)
 
-# %% ../../nbs/6_finetune/04_examples.ipynb #498aec83
-def _all_of(dataset:Any, most:int|None)->list[Any]: return [dataset[i] for i in range(min(len(dataset), most or len(dataset)))]
+# %% ../../nbs/6_finetune/04_examples.ipynb #80a5c287
+class _Lazy(Sequence):
+    "Examples of the user's dataset, made when they are asked for."
+    def __init__(self, file:UserFile, dataset:Any, split:str, most:int|None): self.file, self.dataset, self.split, self.n = file, dataset, split, min(len(dataset), most or len(dataset))
+    def __len__(self)->int: return self.n
+    def __getitem__(self, i:int)->Any:
+        if not -self.n <= i < self.n: raise IndexError(i)
+        return self.file.example(self.dataset, i % self.n, self.split)
+
+def _must_be_alike(examples:dict[str, list], file:UserFile)->set[str]: # the keys that all have
+    "Raises `DataError` where an example is no record, or lacks what the first one has."
+    first = None
+    for split, found in examples.items():
+        for i, e in enumerate(found):
+            if not isinstance(e, Mapping): raise DataError(f'{file.path.name}: example {i} of the {split} split is a {type(e).__name__}. Without a get_data_collator(processor) examples must be records: instruction and output, messages, or input_ids and labels.')
+            first = first or set(e)
+            if lack := [k for k in ('input_ids', 'labels') if k in first and k not in e]: raise DataError(f'{file.path.name}: example {i} of the {split} split has no {" and no ".join(lack)}, as the first example has.')
+    return first or set()
 
 def _given_ids(examples:dict[str, list[Mapping]], cfg:Config, tokenizer:Tokenizer, say:Callable[[str], None])->Taught:
     "Examples that are tokens already."
@@ -75,14 +91,15 @@ def _own_file(cfg:Config, base:Base, tokenizer:Tokenizer, say:Callable[[str], No
     ratio, test = round(1-cfg.data.validation_fraction, 6), cfg.finetune.test_split or 'test'
     about = as_dataset_config(file.path, test_split=test, split_ratio=ratio, name=_name(cfg))
     wanted = {'train': 'train'} | ({'validation': test} if cfg.data.validation_fraction else {})
-    examples = {s: _all_of(file.dataset(name, processor=processor, dataset_config=about, split_ratio=ratio), cfg.finetune.max_samples) for s, name in wanted.items()}
+    examples = {s: _Lazy(file, file.dataset(name, processor=processor, dataset_config=about, split_ratio=ratio), s, cfg.finetune.max_samples) for s, name in wanted.items()}
     say(f'{file.path.name}: {", ".join(f"{len(e):,} examples for {s}" for s, e in examples.items())}')
-    collate, first = file.collator(processor), examples['train'][0]
+    collate = file.collator(processor)
     if collate: say(f'{file.path.name} has a get_data_collator: it makes the batches'); return _pictures(cfg, examples, processor, tokenizer, say, collate)
-    if isinstance(first, Mapping) and {'input_ids', 'labels'} <= set(first): return _given_ids(examples, cfg, tokenizer, say)
-    if isinstance(first, Mapping) and looks(base): return _pictures(cfg, {s: read_image_examples(e, file.path.parent, s) for s, e in examples.items()}, processor, tokenizer, say)
-    if not isinstance(first, Mapping): raise DataError(f'{file.path.name} gives examples of the kind {type(first).__name__}. Without a get_data_collator(processor) they must be records: instruction and output, messages, or input_ids and labels.')
-    rows = {s: rows_of_records([dict(e) for e in found], cfg.finetune.format, s, say) for s, found in examples.items()}
+    examples = {s: list(e) for s, e in examples.items()}
+    keys = _must_be_alike(examples, file)
+    if {'input_ids', 'labels'} <= keys: return _given_ids(examples, cfg, tokenizer, say)
+    if looks(base): return _pictures(cfg, {s: read_image_examples(e, file.path.parent, s) for s, e in examples.items()}, processor, tokenizer, say)
+    rows = {s: rows_of_records([dict(e) for e in found], cfg.finetune.format, s, lambda line, s=s: say(f'{s}: {line}')) for s, found in examples.items()}
     held = len(rows.get('validation', ()))
     tail = cfg.model_copy(deep=True)
     tail.finetune.split, tail.data.validation_fraction = 'tail', held/(held+len(rows['train']))

@@ -6,13 +6,13 @@
 __all__ = ['EPOCHS', 'MOST_ENDS', 'Base', 'find_base', 'settle_base', 'settle_epochs', 'Taught', 'teach', 'teach_rows',
            'with_ends', 'rows_from']
 
-# %% ../../nbs/6_finetune/00_sft.ipynb #b1ae5b05
+# %% ../../nbs/6_finetune/00_sft.ipynb #9383698c
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from ..config import Config, Model
+from ..config import Config, Model, Tokenizer as Tokenizers
 from ..data.instructions import Row, Template, bundled_rows, make_template, open_template, read_rows
 from ..data.rendered import Examples, prepare_instructions
 from ..data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
@@ -20,7 +20,7 @@ from ..files import CheckpointError, ConfigError, LlmlabError, hash_file, hash_j
 from ..packing.rows import Rows
 from ..trainer.runs import checkpoint_of
 
-# %% ../../nbs/6_finetune/00_sft.ipynb #d60a3b40
+# %% ../../nbs/6_finetune/00_sft.ipynb #617f3c3b
 @dataclass(frozen=True)
 class Base:
     "A model to start from."
@@ -30,8 +30,7 @@ class Base:
     def tokenizer(self)->Tokenizer:
         "The one that it was trained with."
         if self.ours or (self.path/'tokenizer.json').is_file() and 'format' in read_json(self.path/'tokenizer.json', CheckpointError): return load_tokenizer(self.path)
-        from llmlab.config import Tokenizer as Settings
-        return build_tokenizer(Settings(kind='hf', path=str(self.path)), None)
+        return build_tokenizer(Tokenizers(kind='hf', path=str(self.path)), None)
 
     def template(self, name:str, tokenizer:Tokenizer)->Template: # alpaca, chat or auto
         "How conversations are written for it; auto: as it was taught before, or as the files beside a Hugging Face model say, else alpaca."
@@ -44,7 +43,7 @@ def _from_hub(name:str, say:Callable[[str], None])->Path:
     say(f'Fetching {name} from the hub (only what is not here yet)')
     try: return Path(snapshot_download(name, allow_patterns=['*.json', '*.safetensors', '*.jinja', '*.model']))
     except Exception as e: # (the library has an exception for each of many reasons)
-        raise LlmlabError(f'{name} cannot be had from the hub: {str(e).splitlines()[0][:200]} Is the name right? A folder with config.json and model.safetensors serves as well: finetune.init=FOLDER') from e
+        raise LlmlabError(f'{name} cannot be had from the hub: {type(e).__name__} {" ".join(str(e).split())[:200]} Is the name right? A folder with config.json and model.safetensors serves as well: finetune.init=FOLDER') from e
 
 def find_base(
     init:str, # a run, a checkpoint, a folder with a Hugging Face model, or its name on the hub
@@ -56,10 +55,14 @@ def find_base(
     path = Path(init).expanduser()
     if (path/'config.json').is_file() and not (path/'meta.json').exists(): return Base(path.absolute(), False)
     if path.is_dir() or (Path(runs)/init).is_dir() or not re.fullmatch(r'[\w.-]+/[\w.-]+', init) or init.startswith(f'{runs}/'):
-        return Base(checkpoint_of(init, runs, best, say).absolute(), True)
+        if path.is_dir() and not any((path/n).exists() for n in ('meta.json', 'checkpoints', 'config.yaml')) and not path.name.startswith('step-'):
+            raise LlmlabError(f'{path} is neither a run, nor a checkpoint, nor a Hugging Face model: the first has checkpoints/, the second meta.json, the third config.json.')
+        try: return Base(checkpoint_of(init, runs, best, say).absolute(), True)
+        except CheckpointError: raise
+        except LlmlabError as e: raise LlmlabError(f'{e} Or is it the folder of a Hugging Face model (with a config.json)? It is not here.') from e
     return Base(_from_hub(init, say), False)
 
-# %% ../../nbs/6_finetune/00_sft.ipynb #ec59f659
+# %% ../../nbs/6_finetune/00_sft.ipynb #69091d01
 _free = {'backend', 'init'} # of the section model: how it is computed, not what it is
 
 def settle_base(
@@ -78,6 +81,10 @@ def settle_base(
         default = Model().model_dump()
         if wrong := [f'model.{k} is {asked[k]!r} here and {has[k]!r} there' for k in asked if asked[k] not in (has[k], default[k])]:
             raise ConfigError(f'finetune.init={base.path} is another model than this config describes: {"; ".join(wrong)}. Leave these settings out: the model brings its own.')
+        if meta['architecture'] == 'hf': raise ConfigError(f'{base.path} is a Hugging Face model that was tuned here. Take it out first, then start from that: llmlab_export {base.path} FOLDER, and finetune.init=FOLDER')
+        if other := {k: v for k in cfg.tokenizer.model_fields_set if (v := getattr(cfg.tokenizer, k)) != meta['train_config'].get('tokenizer', {}).get(k) and v != Tokenizers.model_fields[k].default}:
+            raise ConfigError(f'a model brings its own tokenizer, and this config asks for another: {", ".join(f"tokenizer.{k}={v}" for k, v in other.items())}. Leave the section tokenizer out.')
+        if cfg.packing.seq_len > meta['model_config']['seq_len']: say(f'packing.seq_len is {cfg.packing.seq_len:,}, and this model was trained with {meta["model_config"]["seq_len"]:,}: what lies beyond is new to it')
         cfg.model = model
         say(f'Starting from {base.path} ({meta["architecture"]}, step {meta["global_step"]:,})')
     else:

@@ -83,7 +83,7 @@ def colour_records(
     from PIL import Image
     return [{'messages': [{'role': 'user', 'content': 'what colour is the square?'}, {'role': 'assistant', 'content': name}], 'image': Image.new('RGB', (size, size), rgb)} for name, rgb in COLOURS.items()]
 
-# %% ../../nbs/6_finetune/03_vision.ipynb #d33bfd44
+# %% ../../nbs/6_finetune/03_vision.ipynb #87b9fb05
 @dataclass(frozen=True)
 class ImageExample:
     "A conversation about pictures."
@@ -112,7 +112,7 @@ def _decoded(source:Any)->Any: # PIL.Image in RGB
 
 def _parts(content:Any, id:str)->list[dict]: # of a message
     if isinstance(content, str): return [{'type': 'text', 'text': content}]
-    if not isinstance(content, list) or not all(isinstance(c, Mapping) and c.get('type') in ('text', 'image') for c in content):
+    if not isinstance(content, list) or not all(isinstance(c, Mapping) and (c.get('type') == 'image' or c.get('type') == 'text' and 'text' in c) for c in content):
         raise DataError(f"{id}: the content of a message is text, or a list of {{'type': 'text', 'text': ...}} and {{'type': 'image'}}.")
     return [{'type': 'image'} if c['type'] == 'image' else {'type': 'text', 'text': str(c['text'])} for c in content]
 
@@ -125,9 +125,11 @@ def read_image_examples(
     out = []
     for i, record in enumerate(records):
         id, said = str(record.get('id') or f'{name}-{i}'), record.get('messages')
-        if not isinstance(said, list) or not said or said[-1].get('role') != 'assistant': raise DataError(f"{id}: it needs `messages` that end with the assistant's answer.")
+        if not isinstance(said, list) or not all(isinstance(m, Mapping) and {'role', 'content'} <= set(m) for m in said): raise DataError(f'{id}: `messages` is a list of {{"role": ..., "content": ...}}, and here it is not.')
+        if not said or said[-1]['role'] != 'assistant' or all(m['role'] != 'user' for m in said): raise DataError(f"{id}: it needs `messages` with a user's question that end with the assistant's answer.")
         messages = [{'role': m['role'], 'content': _parts(m['content'], id)} for m in said]
         images = record.get('images') or ([record['image']] if record.get('image') is not None else [])
+        if isinstance(images, str): images = [images]
         if not images: raise DataError(f'{id}: it has no `image` and no `images`. Rows without pictures are for a model of text.')
         places = sum(c['type'] == 'image' for m in messages for c in m['content'])
         if not places: next(m for m in messages if m['role'] == 'user')['content'][:0] = [{'type': 'image'}]*len(images)

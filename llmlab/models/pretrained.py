@@ -266,7 +266,7 @@ def _go_on(network:Pretrained, prompts:list[list[int]], count:int, choose:Callab
         going = [i for i in going if len(new[i]) == made]
     return new
 
-# %% ../../nbs/3_models/074_pretrained.ipynb #01fdce1d
+# %% ../../nbs/3_models/074_pretrained.ipynb #19c3783f
 BACKENDS = ('auto', 'eager', 'sdpa', 'flash_attention_2', 'flex_attention') # engines of attention in transformers
 
 def _engine(backend:str)->dict:
@@ -313,10 +313,11 @@ def open_pretrained(
         what = 'an adapter alone: merge it into its model first' if (Path(path)/'adapter_config.json').is_file() else 'not a folder of a Hugging Face model: it has no config.json'
         raise ConfigError(f'{path} is {what}.')
     if not here and (path.startswith(('.', '/', '~')) or path.count('/') > 1): raise ConfigError(f'{path} does not exist. Give the folder of a model, or its name on the hub (organisation/name).')
+    from safetensors import SafetensorError
     quantized = _four_bits(quantize, device, dtype)
     try:
         with _quiet(): model, found = _auto(kind).from_pretrained(path, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=here or offline, output_loading_info=True, **_engine(backend), **quantized)
-    except (OSError, ValueError, ImportError, KeyError) as e:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as e:
         raise ConfigError(f'{path} cannot be opened as a model of the kind {kind}: {" ".join(str(e).split())[:400]} Only models that transformers itself knows are opened, from safetensors files.') from e
     if lack := sorted(found['missing_keys'])+sorted(str(k) for k in found['mismatched_keys']):
         raise CheckpointError(f'{path} lacks {len(lack)} tensors of its model ({", ".join(lack[:3])}{", ..." if len(lack) > 3 else ""}), or has them in another shape. Download it again, or look whether config.json belongs to it.')
