@@ -503,7 +503,7 @@ def summary(
     baseline = baselines((t.chunk(i) for i in range(len(t.chunks))), (v.chunk(i) for i in range(len(v.chunks))), parts.data.tokenizer.vocab_size, rows) if v else {}
     return Result(folder, state, parts.steps, seconds, metrics, baseline, samples, plot_run(folder), sum(p.numel() for p in parts.network.parameters()))
 
-# %% ../nbs/80_recipes.ipynb #d950469e
+# %% ../nbs/80_recipes.ipynb #1017090d
 def finetune(
     cfg:Config, # all settings; finetune.init names the model
     *,
@@ -528,6 +528,7 @@ def finetune(
         if base.ours and getattr(network, 'adapter', None): network.adapter['base']['path'] = cfg.finetune.init
     return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
 
+# %% ../nbs/80_recipes.ipynb #f4ab29e5
 def keep_base(
     base:Base, # a checkpoint of ours
     folder:Path, # of a run that starts from it
@@ -550,6 +551,7 @@ def base_again(
     cfg.finetune.init = str((folder/'base').absolute())
     return cfg
 
+# %% ../nbs/80_recipes.ipynb #7e3b4c4a
 def settle_warmup(
     cfg:Config, # optim.warmup_steps is shortened in it
     steps:int, # of the run

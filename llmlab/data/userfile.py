@@ -108,7 +108,7 @@ def call_by_name(
     if any(p.kind == p.VAR_KEYWORD for p in declared): named = {k: v for k, v in given.items() if k != 'tokenizer' and k not in {p.name for p in declared if p.kind == p.POSITIONAL_ONLY}} | named
     with users_code(path, f'in {name}'+(f', split={given["split"]!r}' if 'split' in given else ''), hint): return function(*positional, **named)
 
-# %% ../../nbs/1_data/03_userfile.ipynb #72a860ff
+# %% ../../nbs/1_data/03_userfile.ipynb #3d0d84a7
 def as_dataset_config(
     file:str|Path, # as the config has it
     train_split:str='train', # what the function is told for the training split
@@ -126,6 +126,7 @@ def _looked_at(found:Any, path:Path, function:str, split:str)->Any:
     if not len(found): raise DataError(f'{path.name}: {function} gave no examples for split={split!r}. Look at split_ratio, and at the names of the splits.')
     return found
 
+# %% ../../nbs/1_data/03_userfile.ipynb #02dfd532
 @dataclass(frozen=True)
 class UserFile:
     "The user's file, imported. Made by `load_user_file`."
