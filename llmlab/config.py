@@ -220,13 +220,14 @@ class Tracking(Section):
     wandb: Literal['auto', 'online', 'offline', 'off'] = Field('auto', description='auto: online with a key, offline without')
     wandb_project: str = Field('llmlab', description='W&B project')
 
-# %% ../nbs/01_config.ipynb #08e11b63
+# %% ../nbs/01_config.ipynb #227096d3
 class Peft(Section):
     "Parameter-efficient fine-tuning."
     method: Literal['full', 'lora', 'qlora', 'dora'] = Field('full', description='full: all weights')
     r: int = Field(16, ge=1, description='rank of the adapters')
     alpha: float = Field(32, gt=0, description='scale of the adapters, divided by r')
     dropout: float = Field(0., ge=0, lt=1, description='share of the inputs of an adapter that training drops')
+    train: list[str] = Field(default_factory=list, description='parts of names of what learns whole beside the adapters, as [embed_tokens, lm_head] (ours: [embed]); for tokens or tasks that the model never met')
     targets: str = Field('all-linear', description='which matrices get an adapter: all-linear, attention, mlp, names with commas between; of a vision model also text, fusion, vision')
 
 class Finetune(Section):

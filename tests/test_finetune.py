@@ -55,6 +55,14 @@ def settings(init, *more):
                               'trainer.save_interval=10', 'trainer.log_interval=5', 'trainer.sample_tokens=8', 'optim.lr=3e-3', 'optim.warmup_steps=5', *more], under='sft')
 
 
+def test_tables_may_learn_beside_the_adapters(room):
+    r = finetune(settings('llama', 'run.name=tables', 'trainer.max_steps=24', 'finetune.peft.method=lora', 'finetune.peft.train=[embed_tokens,lm_head]', 'optim.lr=1e-2'), **quiet)
+    held = load_file(sorted((r.folder/'checkpoints').glob('step-*'))[-1]/'model.safetensors')
+    assert {'lm_head', 'embed_tokens'} <= {k.split('.')[-2] for k in held if 'lora_' not in k}
+    assert_close(evaluate('tables', metrics=['perplexity'])['val/loss'], r.metrics['val/loss'], rtol=1e-5, atol=1e-5)
+    assert r.metrics['val/loss'] < 5.5 # the adapters alone stay above 6
+
+
 @pytest.mark.parametrize('init', ['ar', 'diffusion', 'sdd', 'llama'])
 @pytest.mark.parametrize('method', ['full', 'lora'])
 def test_every_family_learns_answers(init, method, room):
@@ -175,6 +183,7 @@ def test_mistakes_in_the_users_file_are_told_as_theirs(kind, text, room):
     (['finetune.peft.method=dora'], 'for Hugging Face models'),
     (['finetune.peft.method=lora', 'finetune.peft.targets=nothing'], 'nothing'),
     (['data.name=python'], 'data.name=instructions'),
+    (['finetune.peft.method=lora', 'finetune.peft.train=[nothing]'], 'no such parameter'),
     (['tokenizer.kind=byte'], 'brings its own tokenizer'),
     (['trainer.patience=1', 'data.validation_fraction=0'], 'nothing is held out'),
 ])

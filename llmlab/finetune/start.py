@@ -20,10 +20,14 @@ from ..models.zoo import build_model, make_objective
 from ..trainer.checkpoint import start_from
 from ..trainer.machine import Machine
 
-# %% ../../nbs/6_finetune/01_start.ipynb #7eb1dfc1
+# %% ../../nbs/6_finetune/01_start.ipynb #83a61dab
 def _adapters(cfg:Config)->dict: # of add_lora and add_peft
     p = cfg.finetune.peft
     return dict(r=p.r, alpha=p.alpha, dropout=p.dropout, targets=p.targets, seed=cfg.run.seed)
+
+def _named(network:nn.Module, cfg:Config)->None:
+    wrong = [t for t in cfg.finetune.peft.train if not any(t in n for n, _ in network.named_parameters())]
+    if wrong: raise ConfigError(f'finetune.peft.train names {wrong[0]}, and this model has no such parameter. It has {", ".join(sorted({n.rpartition(".")[0].rpartition(".")[2] for n, _ in network.named_parameters()}))}.')
 
 def _ours(cfg:Config, base:Base, tokenizer:Tokenizer, machine:Machine, say:Callable[[str], None])->tuple[nn.Module, object]:
     "A network of ours with the weights of a checkpoint."
@@ -31,7 +35,8 @@ def _ours(cfg:Config, base:Base, tokenizer:Tokenizer, machine:Machine, say:Calla
     if method in ('qlora', 'dora'): raise ConfigError(f'finetune.peft.method is {method}, which is for Hugging Face models. Networks of ours take full or lora; llmlab_export makes a Hugging Face model of one of the family ar.')
     network, objective = build_model(cfg, tokenizer.vocab_size, machine.device, machine.dtype, say, tokenizer.special)
     fresh = start_from(network, load_whole(base.path))
-    if method == 'lora': add_lora(network, **_adapters(cfg), train=('extras.',) if fresh else (), base=base.path)
+    if method == 'lora': _named(network, cfg)
+    if method == 'lora': add_lora(network, **_adapters(cfg), train=[*cfg.finetune.peft.train, *['extras.']*bool(fresh)], base=base.path)
     return network, objective
 
 def _theirs(cfg:Config, base:Base, tokenizer:Tokenizer, machine:Machine, say:Callable[[str], None], kind:str)->tuple[Pretrained, object]:
@@ -40,7 +45,8 @@ def _theirs(cfg:Config, base:Base, tokenizer:Tokenizer, machine:Machine, say:Cal
     network = open_pretrained(base.path, device=machine.device, kind=kind, seq_len=cfg.packing.seq_len, offline=True, quantize='nf4' if method == 'qlora' else None)
     grown = fit_vocabulary(network, tokenizer, say)
     network.recompute = cfg.trainer.gradient_checkpointing
-    if method != 'full': add_peft(network, method=method, **_adapters(cfg), train=grown, base=base.path) # (a new end of an answer must be learned)
+    if method != 'full': _named(network, cfg)
+    if method != 'full': add_peft(network, method=method, **_adapters(cfg), train=[*cfg.finetune.peft.train, *grown], base=base.path) # (a new end of an answer must be learned)
     return network, make_objective(cfg.model, tokenizer.special)
 
 def start_network(
