@@ -50,7 +50,7 @@ if __name__ == '__main__':
         if (a.folder/f'{arm}.json').exists(): continue
         if what == 'llama' and not (a.folder/'llama').exists(): llama(a.folder/'llama', a.data)
         init = a.base if what == 'ours' else str(a.folder/'llama')
-        door('finetune', f'finetune.init={init}', f'data.path={a.data.resolve()}', f'run.name=bench-{arm}', f'finetune.folder={a.folder}/data', *COMMON, *words)
+        if not Path('runs', f'bench-{arm}').exists(): door('finetune', f'finetune.init={init}', f'data.path={a.data.resolve()}', f'run.name=bench-{arm}', f'finetune.folder={a.folder}/data', *COMMON, *words)
         found = json.loads(door('eval', f'bench-{arm}', '--best', '--metrics', 'instruct', '--max-new-tokens', '64'))
         (a.folder/f'{arm}.json').write_text(json.dumps(found))
     print(table({arm: json.loads((a.folder/f'{arm}.json').read_text()) for arm in ARMS if (a.folder/f'{arm}.json').exists()}))
