@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['Section', 'Run', 'Data', 'Tokenizer', 'Packing', 'Sampler', 'Diffusion', 'Swap', 'SDD', 'Infini', 'Model', 'Optim',
-           'Trainer', 'LoaderSettings', 'Tracking', 'Peft', 'Finetune', 'Slurm', 'Chain', 'Config', 'parse_value',
-           'Source', 'read_yaml', 'preset_folder', 'presets', 'find_config', 'read_config', 'read_overrides',
-           'nearest_key', 'sampler_contradictions', 'contradictions', 'load_config', 'settings_table']
+           'Trainer', 'LoaderSettings', 'Tracking', 'Peft', 'Finetune', 'Parallel', 'Slurm', 'Chain', 'Config',
+           'parse_value', 'Source', 'read_yaml', 'preset_folder', 'presets', 'find_config', 'read_config',
+           'read_overrides', 'nearest_key', 'sampler_contradictions', 'contradictions', 'load_config', 'settings_table']
 
-# %% ../nbs/01_config.ipynb #f8ce7151
+# %% ../nbs/01_config.ipynb #c8151f21
 import difflib, os, re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .files import ConfigError, hash_json, write_whole
@@ -170,7 +170,7 @@ class Model(Section):
     diffusion: Diffusion = Field(default_factory=Diffusion)
     sdd: SDD = Field(default_factory=SDD)
 
-# %% ../nbs/01_config.ipynb #43e290b1
+# %% ../nbs/01_config.ipynb #633489dd
 class Optim(Section):
     "How the weights move."
     name: Literal['adamw', 'muon'] = Field('adamw', description='muon: Muon for the hidden matrices, AdamW for the rest')
@@ -187,11 +187,12 @@ class Optim(Section):
     grad_clip: float | None = Field(1.0, gt=0, description='largest norm of the gradient; null: no clipping')
     ema: float | None = Field(None, gt=0, lt=1, description='decay of a moving average of the weights, which is then validated and evaluated; null: none')
     fused: Literal['auto'] | bool = Field('auto', description='fused AdamW; auto: where it exists')
+    state_dtype: Literal['fp32', 'bf16'] = Field('fp32', description='number format of the moments; bf16: half the memory, rounded at random so that small changes are not lost')
 
-# %% ../nbs/01_config.ipynb #da44e52d
+# %% ../nbs/01_config.ipynb #ea1fa28c
 class Trainer(Section):
     "How long to train, and what to do on the way. A step is an optimizer step."
-    batch_size: int = Field(32, ge=1, description='rows in a micro-batch')
+    batch_size: int = Field(32, ge=1, description='rows in a micro-batch. Ranks divide the micro-batches of a step, and then the rows of one: a step has as many rows on eight GPUs as on one')
     gradient_accumulation_steps: int = Field(1, ge=1, description='micro-batches in a step')
     max_steps: int | None = Field(None, ge=1, description='duration in steps')
     max_tokens: int | None = Field(None, ge=1, description='duration in tokens')
@@ -202,8 +203,9 @@ class Trainer(Section):
     eval_rows: int | None = Field(None, ge=1, description='validate on the first so many rows; null: the whole split')
     save_interval: int = Field(100, ge=1, description='steps between two checkpoints; the last step always has one')
     keep_last: int = Field(3, ge=1, description='checkpoints to keep, besides the best')
+    save_async: Literal['auto'] | bool = Field('auto', description='write checkpoints in the background, from a copy in memory; auto: on GPUs')
     patience: int | None = Field(None, ge=1, description='end the run early after so many validations in a row without a better loss; null: never')
-    gradient_checkpointing: Literal['none', 'full'] = Field('none', description='full: recompute each block in the backward pass; less memory, a third slower')
+    gradient_checkpointing: Literal['none', 'selective', 'full'] | Annotated[int, Field(ge=1)] = Field('none', description='recompute in the backward pass instead of keeping; full: each block, a third slower; a number n: every n-th block; selective: all but matrix products and attention')
     sample_prompts: list[str] = Field([''], description='prompts that the model continues at each validation')
     sample_tokens: int = Field(64, ge=0, description='length of these samples, in tokens; 0: none')
 
@@ -220,7 +222,7 @@ class Tracking(Section):
     wandb: Literal['auto', 'online', 'offline', 'off'] = Field('auto', description='auto: online with a key, offline without')
     wandb_project: str = Field('llmlab', description='W&B project')
 
-# %% ../nbs/01_config.ipynb #227096d3
+# %% ../nbs/01_config.ipynb #5bc4cd83
 class Peft(Section):
     "Parameter-efficient fine-tuning."
     method: Literal['full', 'lora', 'qlora', 'dora'] = Field('full', description='full: all weights')
@@ -246,21 +248,34 @@ class Finetune(Section):
     test_split: str | None = Field(None, description="get_custom_dataset: the name that its held-out split is asked for by; null: test")
     peft: Peft = Field(default_factory=Peft)
 
+class Parallel(Section):
+    "How several processes train one model. Each is started by torchrun; one process needs none of it."
+    strategy: Literal['auto', 'none', 'ddp', 'fsdp', 'hsdp'] = Field('auto', description='ddp: each rank has the whole model; fsdp: the ranks divide it (FSDP2); hsdp: groups of ranks do; auto: ddp where there are several ranks')
+    shard_size: int | None = Field(None, ge=1, description='hsdp: ranks that divide one copy of the model; null: those of one machine')
+    reshard_after_forward: bool = Field(True, description='fsdp, hsdp: let go of the gathered weights of a block until the backward pass; false: faster, more memory')
+    timeout_minutes: float = Field(10., gt=0, description='a rank that waits for the others longer than this ends the job')
+
 class Slurm(Section):
-    "What to ask of a Slurm cluster. Kept in the file; training on this machine does not use it."
+    "What `llmlab_slurm` asks of a Slurm cluster. Training on this machine does not use it."
     partition: str | None = Field(None, description='partition')
     time: str = Field('04:00:00', pattern=r'^(\d+-)?\d{1,2}:\d{2}:\d{2}$', description='time limit, [D-]HH:MM:SS')
     nodes: int = Field(1, ge=1, description='machines')
     gpus_per_node: int = Field(1, ge=0, description='GPUs on each')
-    extra: dict[str, Any] = Field(default_factory=dict, description='further sbatch options')
+    tasks_per_node: int | None = Field(None, ge=1, description='processes on each; null: one for a GPU, one where there is none')
+    cpus_per_task: int | None = Field(None, ge=1, description='cores for each process; null: as the cluster gives')
+    mem: str | None = Field(None, pattern=r'^\d+[KMGT]?$', description='memory on each machine, as 64G')
+    setup: str | None = Field(None, description='lines of shell before the command, as `module load cuda` or the activation of an environment')
+    signal_seconds: int = Field(120, ge=1, description='so long before the time limit training is told to save and to leave')
+    extra: dict[str, Any] = Field(default_factory=dict, description='further sbatch options: account, qos, constraint, ...')
 
 class Chain(Section):
-    "A chain of jobs. Kept in the file; a single run does not use it."
+    "A chain of jobs that train one run (`llmlab_slurm`). A single sitting does not use it."
     total_jobs: int = Field(1, ge=1, description='jobs in the chain')
     epochs_per_job: float | None = Field(None, gt=0, description='epochs that each job trains')
     mode: Literal['afterany', 'afterok'] = Field('afterany', description='when the next job starts')
+    patience: int = Field(2, ge=1, description='the chain stops after so many jobs in a row without a new checkpoint')
 
-# %% ../nbs/01_config.ipynb #730f7973
+# %% ../nbs/01_config.ipynb #fb91e19b
 class Config(Section):
     "All settings of a run."
     run: Run = Field(default_factory=Run)
@@ -273,6 +288,7 @@ class Config(Section):
     loader: LoaderSettings = Field(default_factory=LoaderSettings)
     tracking: Tracking = Field(default_factory=Tracking)
     finetune: Finetune = Field(default_factory=Finetune)
+    parallel: Parallel = Field(default_factory=Parallel)
     slurm: Slurm = Field(default_factory=Slurm)
     chain: Chain = Field(default_factory=Chain)
 
