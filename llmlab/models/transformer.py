@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['Shape', 'count_parameters', 'flops_per_token', 'KVCache', 'Layout', 'settings_of', 'Window', 'Attention', 'Block',
-           'lay_out', 'Transformer', 'init_weights', 'build']
+           'lay_out', 'recomputing', 'Transformer', 'init_weights', 'build']
 
-# %% ../../nbs/3_models/03_transformer.ipynb #a5952f89
-import contextlib, math
+# %% ../../nbs/3_models/03_transformer.ipynb #74133ea6
+import contextlib, functools, math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from fastcore.basics import patch
 from ..files import ConfigError
 from .attention import ENGINES, attend, attend_cached, backend_for, cache_dtype, make_plan
@@ -277,7 +277,25 @@ def _reach(positions:Tensor, written:Tensor, causal:bool, block:int|None, cache:
     cache.ends = torch.maximum(written[:, 0], torch.as_tensor(cache.ends, device=written.device))
     return (cache.ends-1)[:, None].expand_as(positions)
 
-# %% ../../nbs/3_models/03_transformer.ipynb #515f8f9a
+# %% ../../nbs/3_models/03_transformer.ipynb #9f0a4c8e
+_dear = ('aten.mm.', 'aten.addmm.', '_scaled_dot_product_', '_varlen_attn', 'flash_attn', 'flex_attention') # in the names of operations
+
+def _keep_dear(ctx:Any, func:Any, *args, **kwargs)->CheckpointPolicy:
+    name = str(func)
+    return CheckpointPolicy.MUST_SAVE if any(d in name for d in _dear) and 'backward' not in name else CheckpointPolicy.PREFER_RECOMPUTE
+
+def recomputing(
+    how:str|int, # none, selective, full, or every n-th block
+    num_layers:int, # blocks
+)->dict[int, dict]: # number of a block -> how `checkpoint` is told
+    "Which blocks are computed again. Raises `ConfigError`."
+    if how == 'none': return {}
+    if how == 'selective': return {i: {'context_fn': functools.partial(create_selective_checkpoint_contexts, _keep_dear)} for i in range(num_layers)}
+    if how != 'full' and (not isinstance(how, int) or isinstance(how, bool) or how < 1):
+        raise ConfigError(f'trainer.gradient_checkpointing is {how!r}; it is none, selective, full, or a number n: every n-th block.')
+    return {i: {} for i in range(num_layers) if how == 'full' or (i+1) % how == 0}
+
+# %% ../../nbs/3_models/03_transformer.ipynb #e70fc6e4
 class Transformer(nn.Module):
     "Tokens to vectors to scores of the next (or the hidden) token."
     def __init__(self,
@@ -311,9 +329,9 @@ class Transformer(nn.Module):
         if embeds_delta is not None: x = x + embeds_delta
         layout = lay_out(x, self.shape, self.backend, document, one_document, causal, cache, block, seen, positions)
         if self.places is not None: x = x + self.places(layout.positions)
-        again = self.recompute == 'full' and self.training and torch.is_grad_enabled()
+        again = recomputing(self.recompute, len(self.blocks)) if self.training and torch.is_grad_enabled() else {}
         for i, block in enumerate(self.blocks):
-            if again: x = checkpoint(block, x, layout, use_reentrant=False, preserve_rng_state=False)
+            if i in again: x = checkpoint(block, x, layout, use_reentrant=False, preserve_rng_state=False, **again[i])
             else: x = block(x, layout, None if cache is None else cache.states[i])
         if cache is not None and keep: cache.lengths, cache.longest = cache.lengths+layout.counts, cache.longest+tokens.shape[1]
         h = self.norm(x)

@@ -171,7 +171,7 @@ def _watched(ledger:Ledger, gpu:bool)->Iterator[None]:
         with _instead(*swaps): yield
     finally: engines.pop('fused', None)
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #9e85ebf9
+# %% ../../nbs/4_trainer/042_memory.ipynb #433cfe0a
 def _fake_batch(rows:int, seq_len:int)->Batch:
     make = lambda dtype: torch.empty(rows, seq_len, dtype=dtype)
     return Batch(make(torch.int64), make(torch.int64), make(torch.float32), make(torch.int64), num_targets=rows*seq_len, place=0)
@@ -194,6 +194,15 @@ def _step(ledger:Ledger, network:nn.Module, objective:Any, optimizer:JointOptimi
     optimizer.zero_grad()
     _own(ledger, optimizer)
 
+def _hollow(network:nn.Module, dtype:torch.dtype)->None:
+    "Put a fake tensor in the place of each parameter and buffer; one that is shared stays shared."
+    new = {}
+    for module in network.modules():
+        for name, p in module._parameters.items():
+            if p is not None: module._parameters[name] = new.setdefault(p, nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad))
+        for name, b in module._buffers.items():
+            if b is not None: module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
 def walk(
     cfg:Config, # model, packing, optim, trainer
     vocab_size:int, # of the tokenizer
@@ -211,7 +220,7 @@ def walk(
     layers._angles.cache_clear() # tables of real numbers do not go with fake ones, nor the other way
     try:
         with FakeTensorMode(), ledger, _watched(ledger, gpu):
-            with ledger.calling('weights'): network._apply(lambda t: torch.empty(t.shape, dtype=weights if t.is_floating_point() else t.dtype))
+            with ledger.calling('weights'): _hollow(network, weights)
             for p in network.parameters(): p.register_post_accumulate_grad_hook(lambda p: ledger.note(p.grad, 'gradients'))
             with ledger.calling('average'): ema = Ema(network, cfg.optim.ema) if cfg.optim.ema else None
             optimizer = build_optimizer(network.train(), cfg.optim)
