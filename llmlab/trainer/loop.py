@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MOST_EMPTY', 'MOST_SKIPPED', 'take', 'accumulate', 'Window', 'Empties', 'group_of', 'Groups', 'Watch', 'keep_batch',
            'Request', 'stop_signals', 'Limit', 'parse_limit', 'Hook', 'every', 'patience', 'Clock', 'training_metrics',
-           'machine_errors', 'move', 'count', 'Between', 'compiled', 'fit']
+           'machine_errors', 'move', 'count', 'Between', 'fit']
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #b52f2d0b
+# %% ../../nbs/4_trainer/04_loop.ipynb #ce8ab5cf
 import contextlib, math, signal, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,9 +21,10 @@ from ..packing.loader import Batch
 from .checkpoint import TrainState
 from .machine import Machine, matmul_peak, memory_gb
 from .optim import Ema, JointOptimizer, clip_gradients
+from .parallel import Team, adding_up, arrange, gathered
 from .tracking import Stopped, Tracker
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #a04928c7
+# %% ../../nbs/4_trainer/04_loop.ipynb #a955a361
 def take(
     batches:Iterator[Batch], # endless
     num:int, # micro-batches in a step
@@ -34,23 +35,26 @@ def take(
     except StopIteration as e: raise LlmlabError('the batches ran out in the middle of training: give `fit` an endless iterator, or fewer steps.') from e
 
 def accumulate(
-    loss_of:Callable[..., LossSum], # `loss` of an objective, compiled or not
+    loss_of:Callable[..., LossSum], # `loss` of an objective, or what `arrange` made of it
     network:nn.Module, # its gradients are added to
     micro:list[Batch], # the micro-batches of one step
     machine:Machine=Machine(), # format of the forward pass
     scaler:torch.amp.GradScaler|None=None, # fp16: scales the loss
     generator:torch.Generator|None=None, # for objectives that draw
+    num_targets:float|None=None, # of the step, over all ranks; None: those of `micro`
+    world:int=1, # ranks, whose gradients the backward pass takes the mean of
 )->tuple[list[LossSum], Tensor]: # of each micro-batch, without graph; the sums of losses [micro-batches]
     "Add the gradient of (sum of losses / number of targets) over all micro-batches."
-    n, given = max(1, sum(batch.num_targets for batch in micro)), [] # a step without any target moves nothing
-    for batch in micro:
-        with machine.autocast(): loss = loss_of(network, batch, generator)
-        mean = loss.sum/n
-        (scaler.scale(mean) if scaler else mean).backward()
+    n, given = max(1, sum(batch.num_targets for batch in micro) if num_targets is None else num_targets), [] # a step without any target moves nothing
+    for i, batch in enumerate(micro):
+        with adding_up(loss_of, i == len(micro)-1):
+            with machine.autocast(): loss = loss_of(network, batch, generator)
+            mean = loss.sum*(world/n)
+            (scaler.scale(mean) if scaler else mean).backward()
         given.append(loss._replace(sum=loss.sum.detach(), parts={k: (total.detach(), number) for k, (total, number) in loss.parts.items()}))
     return given, torch.stack([loss.sum for loss in given])
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #a491ab11
+# %% ../../nbs/4_trainer/04_loop.ipynb #e9a64d5c
 class Window:
     "Sums and counts since the last log line, on the device."
     def __init__(self,
@@ -67,19 +71,25 @@ class Window:
         self.sums[name] += total.detach() if isinstance(total, Tensor) else total
         self.counts[name] += count
 
-    def state(self)->dict[str, list[float]]: # name -> [sum, count]
-        "Everything as plain numbers: one transfer, which waits for the device."
+    def _own(self)->dict[str, list[float]]:
         if not self.sums: return {}
         sums, counts = torch.stack([torch.stack(list(d.values())) for d in (self.sums, self.counts)]).tolist()
         return {k: [s, c] for k, s, c in zip(self.sums, sums, counts, strict=True)}
 
-    def means(self)->dict[str, float]:
-        "The mean of each name, and a fresh start."
-        means = {k: s/c if c else math.nan for k, (s, c) in self.state().items()}
+    def state(self, team:Team=Team())->dict[str, list[float]]: # name -> [sum, count], over all ranks
+        "Everything as plain numbers: one transfer, which waits for the device."
+        out = {}
+        for own in team.gather(self._own()):
+            for k, (s, c) in own.items(): out[k] = [out[k][0]+s, out[k][1]+c] if k in out else [s, c]
+        return out
+
+    def means(self, team:Team=Team())->dict[str, float]:
+        "The mean of each name over all ranks, and a fresh start."
+        means = {k: s/c if c else math.nan for k, (s, c) in self.state(team).items()}
         self.sums, self.counts = {}, {}
         return means
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #99bb8f35
+# %% ../../nbs/4_trainer/04_loop.ipynb #a8c1fbb9
 MOST_EMPTY = 20 # micro-batches in a row
 
 class Empties:
@@ -91,8 +101,10 @@ class Empties:
     def leave_out(self,
         micro:list[Batch], # the micro-batches of one step
         state:TrainState, # counts their rows: they were taken from the loader
+        everywhere:float=0, # targets that several ranks have in this step; 0: there is one rank, or none has any
     )->list[Batch]: # those with targets; none: there is no step to make
         "Raises `LlmlabError` where `MOST_EMPTY` in a row have none."
+        if everywhere: return micro # the others have some, and all must call the network together
         full = [batch for batch in micro if batch.num_targets]
         if len(full) == len(micro): self.in_a_row = 0; return full
         for batch in micro:
@@ -107,7 +119,7 @@ def _nothing_to_learn(count:int, batch:Batch)->str:
     return (f'{count} batches in a row have no target to learn from{rows}. Were the answers cut away, or masked? '
             'Look at the report beside the prepared examples; a longer max_seq_len, or another finetune.truncation, keeps more of them.')
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #671db2a3
+# %% ../../nbs/4_trainer/04_loop.ipynb #b242696c
 def group_of(
     name:str, # of a parameter: blocks.3.attention.qkv.lora_B
 )->str: # blocks.attention.qkv
@@ -138,19 +150,20 @@ class Groups:
         if step > self.steps: return
         for name, p in self.network.named_parameters():
             if not p.requires_grad and p.grad is not None: raise LlmlabError(f'{group_of(name)} is frozen, but {name} has a gradient. Freeze parameters before the first backward pass, and set their .grad to None.')
-            if p.requires_grad and p.grad is not None and bool((p.grad != 0).any()): self.silent.pop(group_of(name), None)
+            if p.requires_grad and p.grad is not None and bool((gathered(p.grad) != 0).any()): self.silent.pop(group_of(name), None)
         if step < self.steps or not self.silent: return
         said = '; '.join(f'{group} ({len(names)} tensor{"s"*(len(names) > 1)}: {names[0]}{", ..." if len(names) > 1 else ""})' for group, names in self.silent.items())
         raise LlmlabError(f'after {step} step{"s"*(step > 1)} these groups should train, but have no gradient: {said}. The loss does not reach them: is a gate before them closed, '
                           'or their input never used? Open it, or freeze them (finetune.peft.targets).')
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #4b78cbd9
+# %% ../../nbs/4_trainer/04_loop.ipynb #fae756e3
 class Watch:
     "Ends the run when a loss or a gradient is not finite, before the weights see it."
     def __init__(self,
         folder:Path|None=None, # where to keep the offending batch; None: nowhere
         lag:int=0, # steps that the host may be behind the device; 0: ask at once
-    ): self.folder, self.lag, self.bad, self.waiting = folder, lag, None, deque()
+        team:Team=Team(), # the ranks, who refuse a step together
+    ): self.folder, self.lag, self.team, self.bad, self.waiting = folder, lag, team, None, deque()
 
     def look(self,
         step:int, # number of the step that is about to happen
@@ -161,9 +174,10 @@ class Watch:
         "Raises `LlmlabError` if this step (or, with a lag, one before it) is not finite."
         finite = torch.isfinite(losses if norm is None else torch.cat([losses, norm[None]])).all()
         if not self.lag:
-            if not finite: raise LlmlabError(_not_finite(step, micro, losses.tolist(), norm, self.folder))
+            if self.team.largest(not finite)[0]: self._refuse(step, micro, losses, norm)
             return None
         bad = 1.-finite.float()
+        if self.team.world > 1: torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX) # on the device: nobody waits
         self.bad = bad if self.bad is None else torch.maximum(self.bad, bad) # once bad, always bad
         arrives = torch.empty((), pin_memory=bad.is_cuda).copy_(self.bad, non_blocking=True)
         event = torch.cuda.current_stream(bad.device).record_event() if bad.is_cuda else None
@@ -176,7 +190,16 @@ class Watch:
         while len(self.waiting) > keep:
             step, micro, losses, norm, arrives, event = self.waiting.popleft()
             if event: event.synchronize()
-            if arrives.item(): raise LlmlabError(_not_finite(step, micro, losses.tolist(), norm, self.folder))
+            if arrives.item(): self._refuse(step, micro, losses, norm)
+
+    def _refuse(self, step:int, micro:list[Batch], losses:Tensor, norm:Tensor|None)->None:
+        "End the run, on every rank in the same words: those of a rank whose loss it was."
+        mine = not bool(torch.isfinite(losses).all())
+        folder = self.folder and (self.folder/f'rank-{self.team.rank}' if self.team.rank else self.folder)
+        said = self.team.gather((mine, _not_finite(step, micro, losses.tolist(), norm, folder) if mine or self.team.world == 1 else None))
+        rank = next((r for r, (bad, _) in enumerate(said) if bad), 0)
+        text = said[rank][1] or _not_finite(step, micro, losses.tolist(), norm, None)
+        raise LlmlabError(text if self.team.world == 1 else f'rank {rank}: {text}')
 
 # %% ../../nbs/4_trainer/04_loop.ipynb #7cee8adb
 def keep_batch(
@@ -220,31 +243,42 @@ def stop_signals()->Iterator[Request]:
     finally:
         for s, handler in before.items(): signal.signal(s, handler or signal.SIG_DFL)
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #a5446e63
+# %% ../../nbs/4_trainer/04_loop.ipynb #e1127d74
 @dataclass
 class Limit:
     "How far this sitting may go: the whole run may be longer."
     steps: int|None = None      # steps from here
     seconds: float|None = None  # time from `start`
     start: float|None = None    # time.monotonic(); None: when `fit` begins
+    until: float|None = None    # time.time()
+    epoch: float|None = None    # epochs of the whole run; who knows the rows makes steps of it (`recipes.settle_limit`)
 
     def reached(self, steps:int, start:float)->str|None: # the reason, or None
         "Whether `steps` steps since `start` are enough."
-        if self.steps is not None and steps >= self.steps: return f'limit of {self.steps:,} steps'
+        if self.steps is not None and steps >= self.steps: return f'limit of {self.steps:,} steps' if self.epoch is None else f'the end of epoch {self.epoch:g}'
         if self.seconds is not None and time.monotonic()-(start if self.start is None else self.start) >= self.seconds: return f'limit of {self.seconds:,.0f} seconds'
+        if self.until is not None and time.time() >= self.until: return f'the time is up, {time.strftime("%H:%M:%S", time.localtime(self.until))}'
+
+def _one_limit(text:str)->dict[str, float]: # field of `Limit` -> value
+    number, unit = text.strip('@ ').rstrip('abcdefghijklmnopqrstuvwxyz '), text.strip('@ ').lstrip('0123456789.: ')
+    seconds, epochs = {'s': 1, 'm': 60, 'h': 3600}, ('epoch', 'epochs')
+    try:
+        if text.strip().startswith('@'): return {'epoch': float(number)} if unit in epochs else {'until': float(number)} if not unit else {}
+        if ':' in text and not unit: return {'seconds': sum(int(n)*60**i for i, n in enumerate(reversed(number.split(':'))))}
+        if unit in seconds: return {'seconds': float(number)*seconds[unit]}
+        if unit in ('', 'steps', 'step'): return {'steps': int(number)}
+    except ValueError: pass
+    return {}
 
 def parse_limit(
-    text:str, # '500' or '500steps'; '90s', '15m', '2h'; '01:30:00'
+    text:str, # '500' or '500steps'; '90s', '15m', '2h'; '01:30:00'; '@2epochs', '@1763760000'; several with commas between them
 )->Limit:
     "A limit as people type it. Raises `ConfigError`."
-    number, unit = text.strip().rstrip('abcdefghijklmnopqrstuvwxyz '), text.strip().lstrip('0123456789.: ')
-    seconds = {'s': 1, 'm': 60, 'h': 3600}
-    try:
-        if ':' in text and not unit: return Limit(seconds=sum(int(n)*60**i for i, n in enumerate(reversed(number.split(':')))))
-        if unit in seconds: return Limit(seconds=float(number)*seconds[unit])
-        if unit in ('', 'steps', 'step'): return Limit(steps=int(number))
-    except ValueError: pass
-    raise ConfigError(f'a limit of {text!r} is not understood. Write steps (500) or time (90s, 15m, 2h, 01:30:00).')
+    found = {}
+    for part in text.split(','):
+        if not (one := _one_limit(part)): raise ConfigError(f'a limit of {part.strip()!r} is not understood. Write steps (500) or time (90s, 15m, 2h, 01:30:00), @2epochs for the end of an epoch of the run, or @ and the seconds of `date +%s` for a moment.')
+        found |= one
+    return Limit(**found)
 
 # %% ../../nbs/4_trainer/04_loop.ipynb #be5aa756
 @dataclass(frozen=True)
@@ -313,21 +347,24 @@ def training_metrics(
     if speed is not None and flops is not None: metrics['train/mfu'] = speed*flops
     return metrics
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #4a3c7c85
+# %% ../../nbs/4_trainer/04_loop.ipynb #18f2a093
 @contextlib.contextmanager
-def machine_errors()->Iterator[None]:
+def machine_errors(
+    advice:Callable[[], str]|None=None, # what could be done about too little memory, and what each would save
+)->Iterator[None]:
     "Turn torch's out-of-memory and determinism errors into `LlmlabError` with the remedy."
     try: yield
     except RuntimeError as e:
         text = str(e)
         if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            raise LlmlabError(f'not enough memory: {text.splitlines()[0][:200]} Halve trainer.batch_size and double trainer.gradient_accumulation_steps '
-                              '(the same training), or set trainer.gradient_checkpointing=full, or take a shorter packing.seq_len.') from e
+            remedy = advice() if advice else ('Halve trainer.batch_size and double trainer.gradient_accumulation_steps (the same training), '
+                                              'or set trainer.gradient_checkpointing=full, or take a shorter packing.seq_len.')
+            raise LlmlabError(f'not enough memory: {text.splitlines()[0][:200]} {remedy}') from e
         if 'does not have a deterministic implementation' in text:
             raise LlmlabError(f'{text.split(" does not have")[0]} has no deterministic form on this device. Set run.deterministic=false to train without the guarantee of equal bits.') from e
         raise
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #f3d4a5fe
+# %% ../../nbs/4_trainer/04_loop.ipynb #ac95e7e6
 MOST_SKIPPED = 20 # by then the scaler has gone from 65,536 to 1/16: the gradients are not too large for it, they are broken
 
 def move(
@@ -339,7 +376,7 @@ def move(
 )->Tensor: # the gradient's norm before clipping, on the device
     "Clip, look, step, forget the gradients."
     scaler.unscale_(optimizer)
-    norm = clip_gradients(optimizer.parameters, clip)
+    norm = gathered(clip_gradients(optimizer.parameters, clip))
     fp16, scale = scaler.is_enabled(), scaler.get_scale() if scaler.is_enabled() else 1.
     skip = look(None if fp16 else norm)
     scaler.step(optimizer) if skip is None else optimizer.step(skip)
@@ -354,24 +391,25 @@ def _lag(machine:Machine, optimizer:JointOptimizer, scaler:torch.amp.GradScaler)
     "How many steps the host may be behind: none where asking is free, or where the optimizer cannot be stopped on the device."
     return 2 if machine.device.type == 'cuda' and optimizer.can_skip and not scaler.is_enabled() else 0
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #809fe9d2
+# %% ../../nbs/4_trainer/04_loop.ipynb #1a8e3477
 def count(
     state:TrainState, # is advanced
     window:Window, # gets the sums
     micro:list[Batch], # the micro-batches of the step that was made
     given:list[LossSum], # of each of them
     norm:Tensor, # the gradient's norm
+    world:int=1, # ranks, each with as many rows
 )->None:
     "Count a step that was made."
     state.global_step, state.settled, state.val_loss = state.global_step+1, False, None
-    state.tokens += sum(batch.tokens.numel() for batch in micro)
-    state.rows += sum(len(batch.tokens) for batch in micro)
+    state.tokens += world*sum(batch.tokens.numel() for batch in micro)
+    state.rows += world*sum(len(batch.tokens) for batch in micro)
     window.add('grad_norm', norm, 1)
     for batch, loss in zip(micro, given, strict=True):
         window.add('loss', loss.sum, batch.num_targets)
         for name, (total, number) in loss.parts.items(): window.add(name, total, number)
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #87fcfe14
+# %% ../../nbs/4_trainer/04_loop.ipynb #e4b79c15
 @dataclass
 class Between:
     "What follows a step, and the objects of the run that it needs."
@@ -390,6 +428,7 @@ class Between:
     save: Hook|None                                     # when and how to write a checkpoint
     flops: float|None                                   # share of the peak that one token a second uses
     enough: Callable[[TrainState], str|None] = lambda state: None # why the run is over before its last step
+    team: Team = Team()                                 # the ranks
 
     def _due(self, hooks:Iterable[Hook])->list[Hook]:
         due = [h for h in hooks if h.due(self.state.global_step, self.total)]
@@ -403,7 +442,7 @@ class Between:
             self.clock.tick()
             lr = self.optimizer.param_groups[0]['initial_lr']*self.rate(state.global_step-1)
             speed, wait = self.clock.speed()
-            metrics = training_metrics(self.window.means(), lr, speed, self.flops, memory_gb(self.machine.device), wait)
+            metrics = training_metrics(self.window.means(self.team), lr, speed, self.flops, memory_gb(self.machine.device), wait)
         if due := self._due(self.hooks):
             self.clock.tick()
             for hook in due: metrics |= hook.do(state) or {}
@@ -416,7 +455,7 @@ class Between:
         "Write a checkpoint now."
         if not self.save: return None
         self.watch.settle(); self.clock.tick()
-        self.state.pending = self.window.state()
+        self.state.pending = self.window.state(self.team)
         path = self.save.do(self.state)
         self.clock.pause_ends()
         return path
@@ -432,18 +471,7 @@ class Between:
         if self.save: self.tracker.say(f'{why}: step {self.state.global_step:,} is done; saving, then leaving. (Ctrl-C now leaves without saving.)')
         raise Stopped(why, self.state.global_step, self.write())
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #d5e305be
-def compiled(
-    objective:Objective, # `one_graph`: may its loss be compiled as a whole? (yes, where it does not say)
-    network:nn.Module, # else it is compiled, in place
-)->Callable[..., LossSum]:
-    "The loss to train with, compiled as far as it can be."
-    if getattr(objective, 'one_graph', True): return torch.compile(objective.loss)
-    network.compile()
-    return objective.loss
-
-# %% ../../nbs/4_trainer/04_loop.ipynb #e5d541c0
-@machine_errors()
+# %% ../../nbs/4_trainer/04_loop.ipynb #5c776502
 def fit(
     network:nn.Module, # on the machine's device
     objective:Objective, # only its `loss` is used
@@ -468,31 +496,35 @@ def fit(
     flops_per_token:float|None=None, # of forward and backward pass, for the utilisation
     folder:Path|None=None, # where a batch is kept whose loss is not finite
     enough:Callable[[TrainState], str|None]=lambda state: None, # asked after each step why the run is over; None: it is not (`patience`)
+    team:Team=Team(), # the ranks that train together
+    loss:Callable[..., LossSum]|None=None, # what `arrange` made of the objective's; None: it is arranged here
+    advice:Callable[[], str]|None=None, # asked when memory runs out
     check_groups:int=0, # by this step of a new run every group that should train must have had a gradient (`Groups`); 0: not looked at; True: 1
 )->TrainState: # the counters at the end
     "Train until `total_steps`, or until `enough` gives a reason. Raises `Stopped`, after saving, when asked to stop; `LlmlabError` on a non-finite loss, before that step."
     state, scaler, limit, batches = state or TrainState(), scaler or machine.scaler(), limit or Limit(), iter(batches)
-    loss_of = compiled(objective, network) if machine.compile else objective.loss
-    flops = flops_per_token/matmul_peak(machine.device, machine.dtype) if flops_per_token else None
-    window, watch = Window(state.pending, machine.device), Watch(folder, _lag(machine, optimizer, scaler))
+    loss_of = loss or arrange(network, objective, machine)
+    flops = flops_per_token/matmul_peak(machine.device, machine.dtype)/team.world if flops_per_token else None
+    window, watch = Window(state.pending if team.first else None, machine.device), Watch(folder, _lag(machine, optimizer, scaler), team)
     between = Between(total_steps, state, network, optimizer, machine, window, watch, Clock(state), tracker or Tracker(), rate, tuple(hooks),
-                      every(log_every, lambda state: None), every(save_every, save) if save else None, flops, enough)
+                      every(log_every, lambda state: None), every(save_every, save) if save else None, flops, enough, team)
     empties, groups = Empties(window), Groups(network, optimizer, int(check_groups)) if check_groups else None
     first, start = state.global_step, time.monotonic()
     network.train()
-    with stop_signals() as request:
+    with stop_signals() as request, machine_errors(advice), team.watched():
         if not state.settled: between.settle()
         while not between.over():
             step = state.global_step+1
             with between.clock.waiting(): micro = take(batches, accumulation, machine.device)
-            if not (micro := empties.leave_out(micro, state)): continue
+            targets, = team.total(sum(batch.num_targets for batch in micro))
+            if not (micro := empties.leave_out(micro, state, targets*(team.world > 1))): continue
             optimizer.set_rate(rate(state.global_step))
-            given, losses = accumulate(loss_of, network, micro, machine, scaler, generator)
+            given, losses = accumulate(loss_of, network, micro, machine, scaler, generator, targets, team.world)
             if groups: groups.look(step)
             norm = move(optimizer, scaler, clip, lambda norm: watch.look(step, micro, losses, norm), state)
             if ema and not state.skipped: ema.update()
-            count(state, window, micro, given, norm)
-            why = request.reason or limit.reached(step-first, start)
+            count(state, window, micro, given, norm, team.world)
+            why = team.hear(request.reason or limit.reached(step-first, start))
             if why and step < total_steps: between.stop(why)
             between.settle()
     return state

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'share_of', 'Team', 'started_by_torchrun', 'strategy_of', 'join', 'leave', 'one_first', 'OtherRank',
-           'divided', 'blocks_of', 'Arranged', 'arrange', 'adding_up', 'whole', 'own_share']
+           'divided', 'blocks_of', 'Arranged', 'arrange', 'adding_up', 'gathered', 'own_share']
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #65ec9cba
+# %% ../../nbs/4_trainer/012_parallel.ipynb #f356ccd2
 import contextlib, math, os, socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 import torch
@@ -31,8 +31,8 @@ def share_of(
     raise ConfigError(f'{world} ranks cannot divide a step of {micro} micro-batch{"es"*(micro > 1)} of {rows} rows equally (trainer.gradient_accumulation_steps, trainer.batch_size). '
                       f'Choose numbers whose product is a multiple of {world}, such as trainer.batch_size={math.ceil(rows*turns/world)*(world//turns)}.')
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #60de034d
-@dataclass
+# %% ../../nbs/4_trainer/012_parallel.ipynb #d7bad91a
+@dataclass(frozen=True)
 class Team:
     "The ranks of a run, seen from one of them."
     rank: int = 0        # which one this is
@@ -41,7 +41,7 @@ class Team:
     local_world: int = 1 # how many on this machine
     host: Any = None     # process group for host messages
     mesh: Any = None     # DeviceMesh of the ranks: where a model is divided
-    members: list = field(default_factory=list) # (host name, process) of each rank
+    members: tuple = ()  # (host name, process) of each rank
 
     @property
     def first(self)->bool: return self.rank == 0 # it speaks and writes for all
@@ -67,6 +67,10 @@ class Team:
         out = [None]*self.world
         with self.watched(): dist.all_gather_object(out, thing, group=self.host)
         return out
+
+    def hear(self, reason:str|None)->str|None: # its own reason, or that another has one
+        "Whether any rank has a reason: all get the answer at the same place."
+        return reason or 'another rank was asked to stop' if self.largest(bool(reason))[0] else None
 
     def wait(self)->None:
         "Go on when all are here."
@@ -96,7 +100,7 @@ def _watched(team:Team)->Iterator[None]:
 
 Team.watched = _watched
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #43bbf2dc
+# %% ../../nbs/4_trainer/012_parallel.ipynb #75bd70ad
 NAMES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') # what torchrun tells each process
 
 def started_by_torchrun()->bool:
@@ -138,12 +142,11 @@ def join(
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=patience)
     rank, local, local_world = dist.get_rank(), int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', world))
     team = Team(rank, world, local, local_world, dist.new_group(backend='gloo', timeout=patience))
-    team.members = team.gather((socket.gethostname(), os.getpid()))
-    if strategy in ('fsdp', 'hsdp'):
-        size = _shards(parallel, world, local_world)
-        shape, names = ((world,), ('shard',)) if strategy == 'fsdp' else ((world//size, size), ('replicate', 'shard'))
-        team.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    return team
+    team = replace(team, members=tuple(team.gather((socket.gethostname(), os.getpid()))))
+    if strategy == 'ddp': return team
+    size = _shards(parallel, world, local_world)
+    shape, names = ((world,), ('shard',)) if strategy == 'fsdp' else ((world//size, size), ('replicate', 'shard'))
+    return replace(team, mesh=init_device_mesh(device.type, shape, mesh_dim_names=names))
 
 def leave(
     team:Team, # of `join`
@@ -256,8 +259,8 @@ def adding_up(
     called = getattr(loss_of, 'called', None)
     return contextlib.nullcontext() if last or not hasattr(called, 'no_sync') else called.no_sync()
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #6d844718
-def whole(
+# %% ../../nbs/4_trainer/012_parallel.ipynb #92ddd665
+def gathered(
     t:Tensor, # divided or not
 )->Tensor:
     "All of a tensor, on every rank. Every rank must ask."
