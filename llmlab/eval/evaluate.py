@@ -6,7 +6,7 @@
 __all__ = ['PROBED', 'looking', 'Scores', 'score', 'evaluate', 'text_rows', 'batches_of', 'read_texts', 'evaluate_text',
            'OpenModel', 'load_whole', 'open_model', 'samples', 'generation_speed']
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #e11e9f5c
+# %% ../../nbs/5_eval/01_evaluate.ipynb #2107c726
 import contextlib, statistics, time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,21 +27,24 @@ from ..packing.loader import Batch, as_window, assemble
 from ..packing.packer import Packed, framed, pack
 from ..trainer.checkpoint import find_checkpoint, load_checkpoint, load_weights, start_from
 from ..trainer.machine import Machine
+from ..trainer.parallel import Team, divided
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #627d80df
+# %% ../../nbs/5_eval/01_evaluate.ipynb #f2a48118
 @contextlib.contextmanager
 def looking(network:nn.Module)->Iterator[nn.Module]:
     "The network in evaluation mode without gradients, within the block."
     was, fast = network.training, getattr(network, '_compiled_call_impl', None) # a compiled network is for the shapes of training
     network.eval()
     if fast is not None: network._compiled_call_impl = None
+    if hasattr(network, 'unshard'): network.unshard() # divided among ranks: tables and head are gathered for the block
     try:
         with torch.no_grad(): yield network
     finally:
+        if hasattr(network, 'reshard'): network.reshard()
         network.train(was)
         if fast is not None: network._compiled_call_impl = fast
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #b8a7db5c
+# %% ../../nbs/5_eval/01_evaluate.ipynb #257822b2
 class Scores(NamedTuple):
     "What some rows cost."
     nats:np.ndarray      # [R] float64: sum over the targets of a row
@@ -59,6 +62,13 @@ def _one(network:nn.Module, objective:Objective, batch:Batch, lengths:Tensor|Non
     s = objective.nll(network, batch, generator, draws)
     return [s.nats, s.count, s.right.sum(), s.asked.sum(), None if s.variance is None else s.variance.sum(), None if lengths is None else (lengths[batch.targets]*(batch.weights > 0)).sum()]
 
+def _together(parts:dict[int, list], probed:dict[str, list], team:Team)->tuple[list[list], dict[str, list]]:
+    "What all ranks found, in the order of the batches."
+    sums = {}
+    for _, theirs in (everyone := team.gather((parts, probed))):
+        for k, pair in theirs.items(): sums[k] = [a+b for a, b in zip(sums.get(k, (0., 0.)), pair)]
+    return [part for _, part in sorted((item for theirs, _ in everyone for item in theirs.items()), key=lambda item: item[0])], sums
+
 def score(
     network:nn.Module, # on the machine's device
     objective:Objective, # what a row costs, in nats
@@ -68,17 +78,19 @@ def score(
     token_bytes:np.ndarray|None=None, # [V] bytes of every token (`byte_lengths`), to count the bytes that were scored
     generator:torch.Generator|None=None, # for objectives that draw from one; None: the same draws every time
     draws:int=1, # masks of each row, for families that draw
+    team:Team=Team(), # ranks that divide the batches; each must bring the same ones, and gets the scores of all
 )->Scores:
     "Score rows. Does not wait for the device until the end. Raises `DataError` if there are none, `LlmlabError` if a loss is not finite."
     generator = generator or torch.Generator(machine.device).manual_seed(0)
     lengths = None if token_bytes is None else torch.as_tensor(token_bytes, device=machine.device)
-    parts, probed, seen = [], {}, 0
+    parts, probed = {}, {}
     with looking(network), machine.autocast():
-        for batch in batches:
-            parts.append(_one(network, objective, batch := batch.to(machine.device), lengths, generator, draws))
-            if seen < PROBED:
-                for k, (total, n) in objective.probe(network, batch).items(): probed[k] = [a+b for a, b in zip(probed.get(k, (0., 0.)), (total, n))]
-            seen += len(batch.tokens)
+        for number, batch, counts in divided(batches, team):
+            found, look = _one(network, objective, batch := batch.to(machine.device), lengths, generator, draws), (number-number%team.world)*len(batch.tokens) < PROBED
+            for k, (total, n) in (objective.probe(network, batch) if look else {}).items():
+                if counts: probed[k] = [a+b for a, b in zip(probed.get(k, (0., 0.)), (float(total), float(n)))]
+            if counts: parts[number] = [x if x is None else x.cpu().double() for x in found] if team.world > 1 else found
+    parts, probed = _together(parts, probed, team)
     if not parts: raise DataError('nothing was scored: there are no rows. Is the text empty, or data.validation_fraction 0?')
     nats, counts = (torch.cat(list(x)).cpu().double().numpy() for x in list(zip(*parts))[:2])
     correct, asked, variance, scored = (None if x[0] is None else torch.stack(x).cpu().double().sum().item() for x in list(zip(*parts))[2:])
@@ -87,7 +99,7 @@ def score(
                           'The weights are broken, or the number format too small: try run.precision=fp32, or an earlier checkpoint.')
     return Scores(nats, counts, correct, asked, variance, None if scored is None else int(scored), {k: float(total)/max(1., float(n)) for k, (total, n) in probed.items()})
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #c6deaf5e
+# %% ../../nbs/5_eval/01_evaluate.ipynb #f4a79ea9
 def evaluate(
     network:nn.Module, # on the machine's device
     objective:Objective, # what a row costs, in nats
@@ -98,9 +110,10 @@ def evaluate(
     token_bytes:np.ndarray|None=None, # [V] bytes of every token (`byte_lengths`): count the bytes
     generator:torch.Generator|None=None, # for objectives that draw from one; None: the same draws every time
     draws:int=1, # masks of each row, for families that draw
+    team:Team=Team(), # ranks that divide the batches
 )->dict[str, float|int|bool]:
     "val/loss and val/nll (nats a token, exact or a bound: val/is_bound), standard errors, val/perplexity, val/accuracy, val/bits_per_byte, and what was counted. All finite."
-    s = score(network, objective, batches, machine=machine, token_bytes=None if text_bytes else token_bytes, generator=generator, draws=draws)
+    s = score(network, objective, batches, machine=machine, token_bytes=None if text_bytes else token_bytes, generator=generator, draws=draws, team=team)
     total, count = float(s.nats.sum()), float(s.counts.sum())
     loss, error, num_bytes = mean(total, count), standard_error(s.nats, s.counts), text_bytes or s.num_bytes
     out = {'val/loss': loss, 'val/nll': loss, 'val/perplexity': perplexity(loss), 'val/is_bound': objective.is_bound, 'val/targets': int(count), 'val/rows': len(s.nats)}
