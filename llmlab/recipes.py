@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'tokenizer_folder', 'prepare_tokenizer', 'Prepared', 'check_cache',
-           'full_rows', 'prepare', 'prepare_examples', 'Parts', 'build', 'gather_parts', 'validator', 'settle_shift',
-           'begin_from', 'Result', 'write_down', 'open_run', 'resume_settings', 'check_gates', 'settle_length',
-           'pretrain', 'work_of', 'carry_out', 'summary', 'finetune', 'keep_base', 'base_again', 'settle_warmup',
-           'first_prompts', 'open_trained', 'held_out', 'chosen_metrics', 'Writing', 'about_model', 'generation',
-           'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps', 'fill']
+           'full_rows', 'prepare', 'prepare_examples', 'Parts', 'build', 'gather_parts', 'all_ranks', 'validator',
+           'settle_shift', 'begin_from', 'Result', 'write_down', 'open_run', 'resume_settings', 'check_gates',
+           'settle_length', 'pretrain', 'settle_limit', 'in_background', 'work_of', 'carry_out', 'summary', 'finetune',
+           'keep_base', 'base_again', 'settle_warmup', 'first_prompts', 'open_trained', 'held_out', 'chosen_metrics',
+           'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps',
+           'fill']
 
-# %% ../nbs/80_recipes.ipynb #6aa4af5e
+# %% ../nbs/80_recipes.ipynb #b23cbe9f
 import contextlib, fcntl, functools, json, math, os, re, shutil, time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
 import llmlab.packing.inspect # gives Cache its display in a notebook
@@ -43,6 +44,7 @@ from .packing.packer import Packed
 from .trainer.checkpoint import TrainState, capture, checkpointer, find_checkpoint, latest, load_checkpoint, restore, rewind, start_from
 from .trainer.loop import Limit, every, fit, patience
 from .trainer.machine import Machine, choose_device, set_up
+from .trainer.parallel import Team, arrange, join, leave, one_first, share_of, told
 from .trainer.optim import Ema, build_optimizer, rate_along, total_steps, warmup_steps
 from .trainer.plots import plot_run
 from .trainer.runs import checkpoint_of, create, environment, find_run, names_of
@@ -218,7 +220,7 @@ def prepare_examples(
     kept = taught.folder/'tokenizer.json' if taught.folder else tokenizer.save(Path(cfg.finetune.folder)/'tokenizers'/tokenizer.fingerprint[:8])
     return Prepared(None, tokenizer, taught.train, taught.validation, kept, taught.template.description if taught.template else None), taught
 
-# %% ../nbs/80_recipes.ipynb #99c910a2
+# %% ../nbs/80_recipes.ipynb #5c07c144
 @dataclass
 class Parts:
     "The parts of a training run, ready to fit."
@@ -233,6 +235,9 @@ class Parts:
     steps: int # optimizer steps in the whole run
     ema: Ema|None = None # average of the weights, where it is asked for
     prompts: dict[str, list[int]]|None = None # shown -> tokens, to write samples at; None: as `trainer.sample_prompts` says
+    loss: Callable|None = None # what the loop calls (`arrange`); None: it is arranged there
+    team: Team = Team() # the ranks that train together
+    micro: int = 1 # micro-batches of this rank in a step
 
     def stateful(self)->dict:
         "What a checkpoint must hold besides the counters."
@@ -245,12 +250,16 @@ class Parts:
 def build(
     cfg:Config, # all settings
     say:Callable[[str], None]=print, # told what happens
+    machine:Machine|None=None, # None: as the settings say
+    team:Team=Team(), # the ranks that train together
+    fresh:bool=True, # the run begins; False: its weights come from a checkpoint
 )->Parts:
     "Prepare the data and build network, optimizer and loader."
-    machine = set_up(cfg.run, say)
-    data = prepare(cfg, mode='part' if cfg.packing.partial else 'normal', say=say)
+    machine = machine or set_up(cfg.run, say)
+    data = one_first(team, lambda: prepare(cfg, mode='part' if cfg.packing.partial else 'normal', say=say))
     network, objective = build_model(cfg, data.tokenizer.vocab_size, machine.device, machine.dtype, say, data.tokenizer.special)
-    return gather_parts(cfg, machine, data, network, objective)
+    if cfg.model.init and fresh: begin_from(cfg, network, objective, data.tokenizer, say)
+    return gather_parts(cfg, machine, data, network, objective, team)
 
 def gather_parts(
     cfg:Config, # sections run, optim, trainer, loader, packing
@@ -258,14 +267,32 @@ def gather_parts(
     data:Prepared, # what is read
     network:torch.nn.Module, # with the weights that it begins with
     objective:object, # of its family
+    team:Team=Team(), # the ranks that train together
 )->Parts:
-    "A network and its data with an optimizer, a loader and a length."
-    loader = Loader(data.train, cfg.trainer.batch_size, seed=cfg.run.seed, workers=cfg.loader.workers, device=machine.device,
+    "A network and its data with an optimizer, a loader and a length; the network is divided where ranks divide it."
+    rows, micro = share_of(cfg.trainer, team.world)
+    loader = Loader(data.train, rows, seed=cfg.run.seed, rank=team.rank, world=team.world, workers=cfg.loader.workers, device=machine.device,
                     device_prefetch=cfg.loader.device_prefetch, fraction=cfg.trainer.epoch_dataset_fraction)
+    loss = arrange(network, objective, machine, cfg.parallel, team)
     return Parts(machine, data, network, objective, build_optimizer(network, cfg.optim, machine.device), machine.scaler(), loader,
-                 torch.Generator(machine.device).manual_seed(cfg.run.seed), total_steps(cfg.trainer, data.train.num_rows, cfg.packing.seq_len), Ema(network, cfg.optim.ema) if cfg.optim.ema else None)
+                 torch.Generator(machine.device).manual_seed(cfg.run.seed), total_steps(cfg.trainer, data.train.num_rows, cfg.packing.seq_len), Ema(network, cfg.optim.ema) if cfg.optim.ema else None,
+                 loss=loss, team=team, micro=micro)
 
-# %% ../nbs/80_recipes.ipynb #cd467931
+@contextlib.contextmanager
+def all_ranks(
+    cfg:Config, # sections run and parallel
+    say:Callable[[str], None]=print, # told what happens
+)->Iterator[tuple[Machine, Team, Callable[[str], None]]]: # what to compute on, the ranks, and a `say` that only the first of them uses
+    "Meet the other ranks, if there are any, and part from them at the end."
+    if int(os.environ.get('RANK', 0)): say = lambda line: None
+    machine = set_up(cfg.run, say)
+    team = join(cfg.parallel, machine.device)
+    if team.world > 1: say(f'{team.world} ranks, {cfg.parallel.strategy}' + (f' over a mesh of {" x ".join(map(str, team.mesh.shape))}' if team.mesh is not None else '') + ': each takes {1} micro-batch{2} of {0} rows of a step'.format(*share_of(cfg.trainer, team.world), 'es'*(share_of(cfg.trainer, team.world)[1] > 1)))
+    try: yield machine, team, say
+    except Stopped: leave(team); raise
+    leave(team) # (after an error the process ends; a network that has lost somebody is not asked to say goodbye)
+
+# %% ../nbs/80_recipes.ipynb #12ceb442
 def _validated_rows(cfg:Config, state:TrainState)->int|None:
     "How many rows of the validation split are scored: as many as are wanted, of those that were there when the run began."
     return min((n for n in (cfg.trainer.eval_rows, state.validation_rows) if n is not None), default=None)
@@ -282,7 +309,7 @@ def validator(
         metrics = {}
         if data.validation is not None:
             batches = in_order(data.validation, t.batch_size, _validated_rows(cfg, state), parts.machine.device)
-            metrics = scoring.evaluate(parts.network, parts.objective, batches, machine=parts.machine, token_bytes=bytes_of)
+            metrics = scoring.evaluate(parts.network, parts.objective, batches, machine=parts.machine, token_bytes=bytes_of, team=parts.team)
             state.validated(metrics['val/loss'])
         prompts = t.sample_prompts if parts.prompts is None else parts.prompts
         if t.sample_tokens and prompts:
@@ -293,7 +320,7 @@ def validator(
         with parts.averaged(): return look(state)
     return validate
 
-# %% ../nbs/80_recipes.ipynb #c889b45e
+# %% ../nbs/80_recipes.ipynb #ea7a0d11
 def settle_shift(
     cfg:Config, # all settings
     say:Callable[[str], None]=print, # told what is decided
@@ -311,18 +338,19 @@ def settle_shift(
 
 def begin_from(
     cfg:Config, # model.init names the weights
-    parts:Parts, # take them
+    network:torch.nn.Module, # takes them
+    objective:object, # of its family
+    tokenizer:Tokenizer, # of the run
     say:Callable[[str], None]=print, # told what was done
 )->None:
     "Put the weights of another run into a new one. Raises `CheckpointError` where they do not fit."
     path = checkpoint_of(cfg.model.init, cfg.run.folder)
-    other, tokenizer = load_checkpoint(path, training=False), load_tokenizer(path)
-    if tokenizer.fingerprint != parts.data.tokenizer.fingerprint:
-        raise CheckpointError(f'{path} was trained with another tokenizer ({tokenizer} there, {parts.data.tokenizer} here). Use it here too: tokenizer.path={path/"tokenizer.json"}')
-    fresh = start_from(parts.network, other)
-    if other['architecture'] == 'ar' and parts.objective.name != 'ar':
-        with torch.no_grad(): parts.network.embed.weight[tokenizer.mask_id] = parts.network.embed.weight.mean(0)
-    if parts.ema: parts.ema = Ema(parts.network, cfg.optim.ema)
+    other, its_own = load_checkpoint(path, training=False), load_tokenizer(path)
+    if its_own.fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(f'{path} was trained with another tokenizer ({its_own} there, {tokenizer} here). Use it here too: tokenizer.path={path/"tokenizer.json"}')
+    fresh = start_from(network, other)
+    if other['architecture'] == 'ar' and objective.name != 'ar':
+        with torch.no_grad(): network.embed.weight[tokenizer.mask_id] = network.embed.weight.mean(0)
     say(f'Weights of {path} ({other["architecture"]}, step {other["global_step"]:,})' + (f'; new: {", ".join(fresh)}' if fresh else ''))
 
 # %% ../nbs/80_recipes.ipynb #7a01bcc7
@@ -357,7 +385,7 @@ class Result:
         for s in self.samples[:2]: lines += ['', f'  sample: {s["prompt"]!r} goes on', *('    '+l for l in (s['prompt']+s['text']).splitlines())]
         return '\n'.join(lines)
 
-# %% ../nbs/80_recipes.ipynb #3950d33f
+# %% ../nbs/80_recipes.ipynb #fe8d8a24
 def write_down(
     cfg:Config, # all settings
     folder:Path, # the run folder
@@ -370,15 +398,16 @@ def open_run(
     cfg:Config, # all settings
     resume:Path|None, # a run folder to go on with; None: a new one
     say:Callable[[str], None]=print, # told where the run is
+    team:Team=Team(), # the ranks: one makes the folder, all read the checkpoint
 )->tuple[Path, dict|None]: # the run folder, and the checkpoint to go on from
     "The folder of a run. Its settings are written down, unless it goes on from a checkpoint: then once that has worked (`write_down`)."
-    folder = resume or create(cfg.run, names_of(cfg), lambda folder: write_down(cfg, folder))
-    checkpoint = None
-    if resume:
-        if is_running(folder): raise LlmlabError(f'{folder} is running already (`llmlab_runs list` shows it). Stop it first.')
-        newest = latest(folder/'checkpoints', say)
-        checkpoint = load_checkpoint(newest) if newest else None
-        if checkpoint: rewind(folder/'checkpoints', checkpoint['global_step'])
+    def find()->tuple[Path, Path|None]:
+        if not resume: return create(cfg.run, names_of(cfg), lambda folder: write_down(cfg, folder)), None
+        if is_running(resume): raise LlmlabError(f'{resume} is running already (`llmlab_runs list` shows it). Stop it first.')
+        return resume, latest(resume/'checkpoints', say)
+    folder, newest = told(team, find)
+    checkpoint = load_checkpoint(newest, team=team) if newest else None
+    if checkpoint: told(team, lambda: rewind(folder/'checkpoints', checkpoint['global_step']))
     say(f'Run {folder}' + (f', going on after step {checkpoint["global_step"]:,}' if checkpoint else ', starting again: it has no checkpoint yet' if resume else ''))
     return folder, checkpoint
 
@@ -393,12 +422,12 @@ def resume_settings(
     others = [f'trainer.{k}=null' for k in lengths if k not in asked] if asked else [] # another length takes the place of the one that was
     return load_config(folder/'config.yaml', [*others, *overrides]), folder
 
-# %% ../nbs/80_recipes.ipynb #091660ee
+# %% ../nbs/80_recipes.ipynb #5ffcd519
 def _into(parts:Parts, checkpoint:dict|None)->TrainState:
     "Put a checkpoint into the parts; the counters. Raises `CacheError` if the run would go on with other rows or another vocabulary than it began with."
     if checkpoint is None: return TrainState()
     check_same(parts.data.train, checkpoint['cache_info'])
-    return restore(checkpoint, **parts.stateful())
+    return restore(checkpoint, **parts.stateful(), team=parts.team)
 
 def check_gates(
     cfg:Config, # model.infini, optim
@@ -430,7 +459,7 @@ def settle_length(
     warm = warmup_steps(state.full_steps, cfg.optim)
     if warm >= parts.steps and cfg.optim.warmup_steps is None: say(f'The warm-up has {warm:,} steps, a share of the {state.full_steps:,} of the whole corpus; what there is of it makes only {parts.steps:,}.')
 
-# %% ../nbs/80_recipes.ipynb #96d9fc0a
+# %% ../nbs/80_recipes.ipynb #1af3edcd
 def pretrain(
     cfg:Config, # all settings
     *,
@@ -441,13 +470,30 @@ def pretrain(
 )->Result:
     "Train a model from text to its last checkpoint. Raises `Stopped` when a signal or the limit ends the sitting early, with everything saved."
     if cfg.finetune.init: raise ConfigError(f'finetune.init asks to start from {cfg.finetune.init}, but this is pretraining. Fine-tune with llmlab_finetune, or leave finetune.init out; model.init starts pretraining from other weights.')
-    start, cfg = time.monotonic(), settle_shift(cfg, say)
-    parts = build(cfg, say)
-    def begin(folder:Path)->None:
-        if cfg.model.init: begin_from(cfg, parts, say)
-    return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
+    start = time.monotonic()
+    with all_ranks(cfg, say) as (machine, team, say):
+        cfg = settle_shift(cfg, say)
+        parts = build(cfg, say, machine, team, fresh=not (resume and latest(resume/'checkpoints', lambda line: None)))
+        return carry_out(cfg, parts, resume=resume, limit=limit, screen=screen, say=say, start=start)
 
-# %% ../nbs/80_recipes.ipynb #785350ce
+# %% ../nbs/80_recipes.ipynb #d6466f8a
+def settle_limit(
+    cfg:Config, # the section trainer
+    parts:Parts, # standing where the run goes on
+    limit:Limit, # as it was asked for
+)->Limit: # with the steps up to its epoch; one at least, if it lies behind
+    "A limit that is the end of an epoch, as steps from here."
+    if limit.epoch is None: return limit
+    left = (parts.loader.end_of(limit.epoch)-parts.loader.position)//(cfg.trainer.batch_size*cfg.trainer.gradient_accumulation_steps)
+    return replace(limit, steps=max(1, min(left, limit.steps or left)))
+
+def in_background(
+    cfg:Config, # trainer.save_async
+    parts:Parts, # its device decides where nobody else does
+)->bool:
+    "Whether checkpoints are written while training goes on."
+    return parts.machine.device.type == 'cuda' if cfg.trainer.save_async == 'auto' else cfg.trainer.save_async
+
 def work_of(
     network:torch.nn.Module, # ours or another's
     seq_len:int, # tokens that attention spans
@@ -469,26 +515,29 @@ def carry_out(
     "What pretraining and fine-tuning have in common: a run folder, the loop, the end. Raises `Stopped`."
     if cfg.trainer.patience and parts.data.validation is None: raise ConfigError('trainer.patience counts validations, and nothing is held out (data.validation_fraction is 0). Hold something out, or leave it out.')
     start = time.monotonic() if start is None else start
-    folder, checkpoint = open_run(cfg, resume, say)
+    team = parts.team
+    folder, checkpoint = open_run(cfg, resume, say, team)
     if checkpoint is None:
-        torch.manual_seed(cfg.run.seed) # dropout draws from it; checkpoints keep its state
+        torch.manual_seed(cfg.run.seed+team.rank) # dropout draws from it; checkpoints keep its state
         begin(folder)
     state = _into(parts, checkpoint)
     settle_length(cfg, parts, state, say)
+    limit = settle_limit(cfg, parts, limit)
     check_gates(cfg, state, say)
-    write_down(cfg, folder)
-    with open_tracker(folder, cfg.tracking, folder.name, (checkpoint or {}).get('tracker_ids'), state.global_step if resume else None, parts.steps, cfg.to_dict(), screen, say) as tracker:
+    told(team, lambda: write_down(cfg, folder))
+    with (open_tracker(folder, cfg.tracking, folder.name, (checkpoint or {}).get('tracker_ids'), state.global_step if resume else None, parts.steps, cfg.to_dict(), screen, say)
+          if team.first else contextlib.nullcontext(Tracker(say=say))) as tracker:
         gather = functools.partial(capture, **parts.stateful(), model_config=parts.network.shape.to_dict(), train_config=cfg.to_dict(), architecture=parts.objective.name,
                                    cache_info=parts.data.train.info(), tracker_ids=tracker.ids(), **({'template': parts.data.template} if parts.data.template else {}))
         fit(parts.network, parts.objective, parts.loader, parts.optimizer, total_steps=parts.steps, rate=lambda step: rate_along(step, state.lengths, cfg.optim, warmup_steps(state.full_steps, cfg.optim)),
-            accumulation=cfg.trainer.gradient_accumulation_steps, clip=cfg.optim.grad_clip, machine=parts.machine, scaler=parts.scaler, generator=parts.generator, state=state, ema=parts.ema,
-            hooks=[every(cfg.trainer.eval_interval, validator(cfg, parts, tracker))], save=checkpointer(folder/'checkpoints', gather, cfg.trainer.keep_last, [parts.data.tokenizer_file]),
+            accumulation=parts.micro, clip=cfg.optim.grad_clip, machine=parts.machine, scaler=parts.scaler, generator=parts.generator, state=state, ema=parts.ema,
+            hooks=[every(cfg.trainer.eval_interval, validator(cfg, parts, tracker))], save=checkpointer(folder/'checkpoints', gather, cfg.trainer.keep_last, [parts.data.tokenizer_file], in_background(cfg, parts), team),
             save_every=cfg.trainer.save_interval, log_every=cfg.trainer.log_interval, tracker=tracker, limit=limit, flops_per_token=work_of(parts.network, cfg.packing.seq_len), folder=folder, enough=patience(cfg.trainer.patience, cfg.trainer.eval_interval),
-            check_groups=bool(cfg.finetune.init))
+            check_groups=bool(cfg.finetune.init), team=team, loss=parts.loss)
     parts.loader.close()
     return summary(folder, state, parts, time.monotonic()-start, _validated_rows(cfg, state))
 
-# %% ../nbs/80_recipes.ipynb #43536c6a
+# %% ../nbs/80_recipes.ipynb #30539257
 def summary(
     folder:Path, # the run folder
     state:TrainState, # the counters at the end
@@ -496,14 +545,15 @@ def summary(
     seconds:float, # that it took, all included
     rows:int|None, # how many validation rows the network was scored on; None: all
 )->Result:
-    "The result of a finished run, with its plots drawn and simple models scored on the same validation targets."
+    "The result of a finished run, with its plots drawn and simple models scored on the same validation targets. (Of several ranks the first does that.)"
+    if not parts.team.first: return Result(folder, state, parts.steps, seconds)
     metrics = {name: curve[-1][1] for name, curve in read_metrics(folder).items()}
     samples = read_jsonl(max((folder/'samples').glob('*.jsonl'))) if (folder/'samples').is_dir() else []
     v, t = parts.data.validation, parts.data.train
     baseline = baselines((t.chunk(i) for i in range(len(t.chunks))), (v.chunk(i) for i in range(len(v.chunks))), parts.data.tokenizer.vocab_size, rows) if v else {}
     return Result(folder, state, parts.steps, seconds, metrics, baseline, samples, plot_run(folder), sum(p.numel() for p in parts.network.parameters()))
 
-# %% ../nbs/80_recipes.ipynb #1017090d
+# %% ../nbs/80_recipes.ipynb #1bd5a81f
 def finetune(
     cfg:Config, # all settings; finetune.init names the model
     *,
@@ -514,19 +564,19 @@ def finetune(
 )->Result:
     "Tune a model on examples, from its weights to the last checkpoint. Raises `Stopped` when a signal or the limit ends the sitting early, with everything saved."
     start = time.monotonic()
-    cfg, base = settle_base(base_again(cfg, resume) if resume else cfg, say)
-    machine = set_up(cfg.run, say)
-    data, taught = prepare_examples(cfg, base, say)
-    network, objective = start_network(cfg, base, data.tokenizer, machine, say, 'image-text' if looks(base) else 'causal')
-    if looks(base) and cfg.finetune.peft.method == 'full': freeze_unused(network, next(in_order(data.train, 1, device=machine.device)), say)
-    parts = gather_parts(cfg, machine, data, network, objective)
-    parts.prompts = first_prompts(taught, data.tokenizer) if taught.folder and taught.validation is not None else {}
-    if not resume: settle_warmup(cfg, parts.steps, say)
-    def begin(folder:Path)->None:
-        if cfg.data.name == 'file': load_user_file(cfg.data.file, copy_to=folder) # what was run, beside what it gave
-        if base.ours: cfg.finetune.init = str(keep_base(base, folder))
-        if base.ours and getattr(network, 'adapter', None): network.adapter['base']['path'] = cfg.finetune.init
-    return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
+    with all_ranks(cfg, say) as (machine, team, say):
+        cfg, base = settle_base(base_again(cfg, resume) if resume else cfg, say)
+        data, taught = one_first(team, lambda: prepare_examples(cfg, base, say))
+        network, objective = start_network(cfg, base, data.tokenizer, machine, say, 'image-text' if looks(base) else 'causal')
+        if looks(base) and cfg.finetune.peft.method == 'full': freeze_unused(network, next(in_order(data.train, 1, device=machine.device)), say)
+        parts = gather_parts(cfg, machine, data, network, objective, team)
+        parts.prompts = first_prompts(taught, data.tokenizer) if taught.folder and taught.validation is not None else {}
+        if not (resume and latest(resume/'checkpoints', lambda line: None)): settle_warmup(cfg, parts.steps, say)
+        def begin(folder:Path)->None:
+            if cfg.data.name == 'file': told(team, lambda: load_user_file(cfg.data.file, copy_to=folder) and None) # what was run, beside what it gave
+            if base.ours: cfg.finetune.init = told(team, lambda: str(keep_base(base, folder)))
+            if base.ours and getattr(network, 'adapter', None): network.adapter['base']['path'] = cfg.finetune.init
+        return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
 
 # %% ../nbs/80_recipes.ipynb #f4ab29e5
 def keep_base(

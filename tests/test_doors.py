@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from conftest import command, root
 
-doors = ['train', 'prepare', 'finetune', 'evaluate', 'generate', 'export', 'runs', 'doctor', 'bench']
+doors = ['train', 'prepare', 'finetune', 'evaluate', 'generate', 'export', 'runs', 'doctor', 'slurm', 'bench']
 heavy = ['torch', 'transformers', 'datasets', 'wandb', 'matplotlib', 'tiktoken', 'pyarrow', 'tensorboard']
 
 

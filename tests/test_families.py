@@ -390,13 +390,12 @@ def test_training_resumes_exactly(family, tmp_path):
 
 
 def test_other_weights_to_begin_with(tmp_path):
-    from llmlab.recipes import begin_from, build as parts_of, evaluate, generate, open_trained, settle_shift
+    from llmlab.recipes import build as parts_of, evaluate, generate, open_trained, settle_shift
     quiet = lambda line: None
     train(tmp_path, 'run.name=ar', 'model.qk_norm=false'); train(tmp_path, 'run.name=md', 'model.architecture=diffusion')
     def begun(*words):
         cfg = settle_shift(tiny.config(f'run.folder={tmp_path/"runs"}', f'packing.folder={tmp_path/"cache"}', 'run.threads=1', *words), quiet)
         parts = parts_of(cfg, quiet)
-        begin_from(cfg, parts, quiet)
         batch = next(parts.loader)
         parts.loader.close()
         return parts, batch

@@ -409,7 +409,7 @@ def count(
         window.add('loss', loss.sum, batch.num_targets)
         for name, (total, number) in loss.parts.items(): window.add(name, total, number)
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #e4b79c15
+# %% ../../nbs/4_trainer/04_loop.ipynb #0a6a1bea
 @dataclass
 class Between:
     "What follows a step, and the objects of the run that it needs."
@@ -460,6 +460,10 @@ class Between:
         self.clock.pause_ends()
         return path
 
+    def wait(self)->None:
+        "Go on when what was saved last is on the disk: it may be written in the background."
+        if self.save and hasattr(self.save.do, 'wait'): self.save.do.wait()
+
     def over(self)->bool:
         "Whether the run has made all its steps, or has learned enough."
         if self.state.global_step >= self.total: return True
@@ -469,9 +473,11 @@ class Between:
     def stop(self, why:str)->None:
         "Write a checkpoint and raise `Stopped`."
         if self.save: self.tracker.say(f'{why}: step {self.state.global_step:,} is done; saving, then leaving. (Ctrl-C now leaves without saving.)')
-        raise Stopped(why, self.state.global_step, self.write())
+        path = self.write()
+        self.wait()
+        raise Stopped(why, self.state.global_step, path)
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #5c776502
+# %% ../../nbs/4_trainer/04_loop.ipynb #d68297ed
 def fit(
     network:nn.Module, # on the machine's device
     objective:Objective, # only its `loss` is used
@@ -527,4 +533,5 @@ def fit(
             why = team.hear(request.reason or limit.reached(step-first, start))
             if why and step < total_steps: between.stop(why)
             between.settle()
+        between.wait()
     return state

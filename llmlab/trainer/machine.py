@@ -14,19 +14,20 @@ import torch
 from ..config import Run
 from ..files import ConfigError
 
-# %% ../../nbs/4_trainer/00_machine.ipynb #993ffbf6
+# %% ../../nbs/4_trainer/00_machine.ipynb #8d717d2b
 def choose_device(
     wish:str='auto', # auto, cpu, mps, cuda or cuda:N
 )->torch.device: # a device that exists
     "The device to train on. Raises `ConfigError` when a named one is missing."
     has = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
-    if wish == 'auto': return torch.device(next(k for k, there in has.items() if there))
+    if wish == 'auto': wish = next(k for k, there in has.items() if there)
     device = torch.device(wish)
+    if device.type == 'cuda' and device.index is None: device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) # each process of a machine has its own
     if not has[device.type]:
         raise ConfigError(f'run.device is {wish}, but torch finds no {device.type} here (torch {torch.__version__}). '
                           'Use run.device=auto, or install a torch built for this device.')
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f'run.device is {wish}, but there are {torch.cuda.device_count()} CUDA devices; they count from 0.')
+        raise ConfigError(f'run.device is {wish}, and this process wants number {device.index}, but there are {torch.cuda.device_count()} CUDA devices; they count from 0. Start no more processes on a machine than it has GPUs.')
     return device
 
 # %% ../../nbs/4_trainer/00_machine.ipynb #d15a3222
