@@ -8,6 +8,7 @@
 # Needs root, since a Slurm of another user could not start its jobs. Nothing outside FOLDER is touched, other than by --install: key, socket and ports are
 # this cluster's own, so it stands beside whatever Slurm the machine may have. Exit code 3 and a line that says why: it cannot be had here.
 set -eu
+export PATH=$PATH:/usr/sbin:/sbin
 programs="munged munge slurmctld slurmd sbatch squeue sinfo srun"
 
 cannot() { echo "$1"; exit 3; }
@@ -42,7 +43,6 @@ case "${1:-}" in
 esac
 
 [ "$(id -u)" = 0 ] || cannot "not root"
-export PATH=$PATH:/usr/sbin:/sbin
 [ -z "$(missing)" ] || cannot "$(missing)not installed; as root: tests/slurm_up.sh --install"
 mkdir -p "$1/ctld" "$1/node"
 folder=$(cd "$1" && pwd) host=$(hostname -s)

@@ -84,7 +84,7 @@ def launch(
     meet = '--rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="$SLURM_JOB_ID"'
     return before, f'srun{cores} --wait=120 env --ignore-signal=USR1 torchrun --no-python --nnodes={s.nodes} --nproc_per_node={n} {meet} {command}'
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #8f54dd42
+# %% ../../nbs/7_launch/00_slurm.ipynb #ee9897a3
 def _quoted(*words:str|Path)->str: return shlex.join(map(str, words))
 
 def _here()->str:
@@ -104,9 +104,8 @@ def script_of(
     setup = [s.setup.rstrip()] if s.setup else []
     return '\n'.join(['#!/bin/bash', *asks(s, run.name, str(log_of(run, number).absolute()).replace('%', '%%')), '',
         f'# Link {number} of {run}. Where training stops: ' + (f'at the end of epoch {number*c.epochs_per_job:g}, or ' if c.epochs_per_job else '') + f'{s.signal_seconds} seconds before the time is up.',
-        f'export PATH={_quoted(_here())}:"$PATH"', *setup, *before,
         "trap : TERM USR1 # whatever ends the job: training saves, and the last line notes it",
-        f'until=$((${{SLURM_JOB_END_TIME:-$(($(date +%s) + {seconds_of(s.time)}))}} - {s.signal_seconds}))', 'code=0',
+        f'until=$((${{SLURM_JOB_END_TIME:-$(($(date +%s) + {seconds_of(s.time)}))}} - {s.signal_seconds}))', f'export PATH={_quoted(_here())}:"$PATH"', *setup, *before, 'code=0',
         f'if llmlab_slurm begin {_quoted(run)} {number}; then', f'    {line} || code=$?', 'fi', f'llmlab_slurm end {_quoted(run)} {number} $code', ''])
 
 def log_of(run:Path, number:int)->Path:
