@@ -179,7 +179,7 @@ def form_belief(
             state = believe(tuple(scores(network, piece, ban) for piece in pieces), hidden, k)
     return state
 
-# %% ../../nbs/3_models/07_sdd.ipynb #3c98b67f
+# %% ../../nbs/3_models/07_sdd.ipynb #c363cc5b
 def divergence(
     network:Transformer, # its head is used
     wanted:Tensor, # [n, C] vectors that know more
@@ -205,7 +205,8 @@ def sdd_loss(
     if s.ignore_weight: canvas, padding = with_ignored(canvas, o.special['IGNORE'])
     k, number = k_at(s, step), lambda x: torch.tensor(float(x), device=keys.device)
     hidden, bound = hide_by_time(canvas, keys, d, o.seed)
-    state = form_belief(network, canvas, lambda later: hide_by_time(canvas, keys, d, o.seed, later)[0], passes(s, place, step), o.special, k, o.shift)
+    beforehand = passes(s, step*o.rows_per_step, step) # the same for all micro-batches and ranks of a step: they call the network equally often
+    state = form_belief(network, canvas, lambda later: hide_by_time(canvas, keys, d, o.seed, later)[0], beforehand, o.special, k, o.shift)
     if state is not None and s.belief_dropout: state = replace(state, probs=state.probs*(uniform(keys, hidden.shape[1], 1_000+o.seed) >= s.belief_dropout)[..., None])
     z = canvas.tokens.masked_fill(hidden, o.mask_id)
     h = vectors(network, z, canvas, None, o.shift, None if state is None else network.extras(state.only(hidden), network, z, canvas.document))
