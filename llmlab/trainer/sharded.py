@@ -6,7 +6,7 @@
 __all__ = ['together', 'own_line', 'is_shared', 'own_part', 'memory_of', 'write_shards', 'read_shards', 'take_out', 'put_in',
            'each_tensor', 'Copies', 'Background']
 
-# %% ../../nbs/4_trainer/022_sharded.ipynb #c6ab09c0
+# %% ../../nbs/4_trainer/022_sharded.ipynb #746ac5f4
 import json, threading, warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from ..files import CheckpointError, hash_file
-from .parallel import Team
+from .parallel import OtherRank, Team
 
-# %% ../../nbs/4_trainer/022_sharded.ipynb #ccd277bc
+# %% ../../nbs/4_trainer/022_sharded.ipynb #9d5d3516
 def together(
     team:Team, # the ranks that work
     work:Callable[[], Any], # done by each
@@ -28,7 +28,7 @@ def together(
     result = error = None
     try: result = work()
     except Exception as e: error = e # told to the others before it is raised
-    told, wrong = team.gather((result, error and (str(error) or type(error).__name__))), {}
+    told, wrong = team.gather((result, None if isinstance(error, OtherRank) else error and (str(error) or type(error).__name__))), {}
     for rank, (_, text) in enumerate(told):
         if text: wrong.setdefault(text, rank)
     if wrong: raise CheckpointError(' '.join(f'Rank {rank} of {team.world}: {text}' for text, rank in wrong.items())) from error
@@ -77,20 +77,20 @@ def _writer(folder:Path, world:int):
 
     return Writer(str(folder), save_distributed=True)
 
-# %% ../../nbs/4_trainer/022_sharded.ipynb #6ab38100
+# %% ../../nbs/4_trainer/022_sharded.ipynb #deb3e776
 def write_shards(
     folder:str|Path, # seen by all ranks; made if it is not there
     tensors:Mapping[str, Tensor], # by name, the same names on every rank: divided ones, and copies that all have
     team:Team=Team(), # its ranks write
 )->dict[str, dict]: # size and hash of the file that this rank wrote, by name: {} if there was nothing left for it
-    "Write this rank's part of some tensors. All ranks must call it; if one fails, that one raises its error."
+    "Write this rank's part of some tensors. All ranks must call it; if one fails, it raises its error, and the others `OtherRank`."
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try: dcp.save(dict(tensors), storage_writer=_writer(folder, team.world), process_group=team.host)
     except CheckpointException as e:
-        if team.rank not in e.failures: return {} # another rank's: `together` tells
+        if team.rank not in e.failures: raise OtherRank('another rank could not write its shards') from None
         raise e.failures[team.rank][0] from None
     return {p.name: {'size': p.stat().st_size, 'xxh3_128': hash_file(p)} for p in folder.glob(f'shard-{team.rank+1:05d}-*')}
 
