@@ -6,8 +6,8 @@
 __all__ = ['together', 'own_line', 'is_shared', 'own_part', 'memory_of', 'write_shards', 'read_shards', 'take_out', 'put_in',
            'each_tensor', 'Copies', 'Background']
 
-# %% ../../nbs/4_trainer/022_sharded.ipynb #746ac5f4
-import json, threading, warnings
+# %% ../../nbs/4_trainer/022_sharded.ipynb #16cbcecb
+import json, os, threading, warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +77,7 @@ def _writer(folder:Path, world:int):
 
     return Writer(str(folder), save_distributed=True)
 
-# %% ../../nbs/4_trainer/022_sharded.ipynb #deb3e776
+# %% ../../nbs/4_trainer/022_sharded.ipynb #6c81d629
 def write_shards(
     folder:str|Path, # seen by all ranks; made if it is not there
     tensors:Mapping[str, Tensor], # by name, the same names on every rank: divided ones, and copies that all have
@@ -92,7 +92,10 @@ def write_shards(
     except CheckpointException as e:
         if team.rank not in e.failures: raise OtherRank('another rank could not write its shards') from None
         raise e.failures[team.rank][0] from None
-    return {p.name: {'size': p.stat().st_size, 'xxh3_128': hash_file(p)} for p in folder.glob(f'shard-{team.rank+1:05d}-*')}
+    mine = list(folder.glob(f'shard-{team.rank+1:05d}-*'))
+    for p in mine:
+        with open(p, 'rb') as f: os.fsync(f.fileno()) # the first rank, on another machine, cannot do it for us
+    return {p.name: {'size': p.stat().st_size, 'xxh3_128': hash_file(p)} for p in mine}
 
 # %% ../../nbs/4_trainer/022_sharded.ipynb #509cd248
 def _empty(size:torch.Size, dtype:torch.dtype, like:Tensor|None)->Tensor:
