@@ -220,7 +220,7 @@ def prepare_examples(
     kept = taught.folder/'tokenizer.json' if taught.folder else tokenizer.save(Path(cfg.finetune.folder)/'tokenizers'/tokenizer.fingerprint[:8])
     return Prepared(None, tokenizer, taught.train, taught.validation, kept, taught.template.description if taught.template else None), taught
 
-# %% ../nbs/80_recipes.ipynb #5c07c144
+# %% ../nbs/80_recipes.ipynb #d8b9666d
 @dataclass
 class Parts:
     "The parts of a training run, ready to fit."
@@ -274,7 +274,7 @@ def gather_parts(
     loader = Loader(data.train, rows, seed=cfg.run.seed, rank=team.rank, world=team.world, workers=cfg.loader.workers, device=machine.device,
                     device_prefetch=cfg.loader.device_prefetch, fraction=cfg.trainer.epoch_dataset_fraction)
     loss = arrange(network, objective, machine, cfg.parallel, team)
-    return Parts(machine, data, network, objective, build_optimizer(network, cfg.optim, machine.device), machine.scaler(), loader,
+    return Parts(machine, data, network, objective, build_optimizer(network, cfg.optim, machine.device, machine.dtype), machine.scaler(), loader,
                  torch.Generator(machine.device).manual_seed(cfg.run.seed), total_steps(cfg.trainer, data.train.num_rows, cfg.packing.seq_len), Ema(network, cfg.optim.ema) if cfg.optim.ema else None,
                  loss=loss, team=team, micro=micro)
 

@@ -284,11 +284,12 @@ def _signature(state:dict)->list: return [(part['kind'], [g['param_names'] for g
 def _describe(signature:list)->str: # more than two groups: some modules have settings of their own
     return ' and '.join(f'{kind} with {sum(map(len, groups))} tensors' + (f' in {len(groups)} groups' if len(groups) > 2 else '') for kind, groups in signature)
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #d52015b9
+# %% ../../nbs/4_trainer/01_optim.ipynb #339fe13e
 def build_optimizer(
     network:nn.Module, # on its device already
     optim:Optim, # the section `optim` of the config
     device:torch.device|str='cpu', # decides about fused kernels and Muon's format
+    dtype:torch.dtype|None=None, # format of the run's matrix products: fp32 is meant for Muon's too; None: whatever the device is fast at
 )->JointOptimizer:
     "AdamW, or Muon for the hidden matrices and AdamW for the rest; modules with `own_optim` last. Raises `ConfigError` if nothing is left to train."
     device = torch.device(device)
@@ -296,7 +297,7 @@ def build_optimizer(
     if not any(sorts.values()) and not own: raise ConfigError('the network has no trainable parameter: every one is frozen.')
     decay, parts = optim.weight_decay or 0., []
     if hidden := sorts.pop('hidden'):
-        ns = torch.bfloat16 if computes_bf16(device) else torch.float32
+        ns = torch.bfloat16 if computes_bf16(device) and dtype != torch.float32 else torch.float32
         parts.append(Muon(hidden, optim.lr, decay, optim.momentum, muon_splits(network), ns, torch.bfloat16 if optim.state_dtype == 'bf16' else None))
     fused = device.type in ('cpu', 'cuda', 'mps') if optim.fused == 'auto' else optim.fused
     groups = [{'params': pairs, 'weight_decay': decay if sort == 'decay' else 0.} for sort, pairs in sorts.items() if pairs] + own

@@ -203,7 +203,7 @@ def divided(
         if len(round_) == team.world: yield (*round_[team.rank], True); round_ = []
     if round_: yield (*round_[min(team.rank, len(round_)-1)], team.rank < len(round_))
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #941532db
+# %% ../../nbs/4_trainer/012_parallel.ipynb #98ccc293
 def blocks_of(
     network:nn.Module, # ours, or a Hugging Face model behind our face
 )->list[nn.Module]:
@@ -211,14 +211,6 @@ def blocks_of(
     if hasattr(network, 'blocks'): return list(network.blocks)
     names = {n for m in network.modules() for n in getattr(m, '_no_split_modules', None) or ()}
     return [m for m in network.modules() if type(m).__name__ in names and any(True for _ in m.parameters())]
-
-def _shard(network:nn.Module, parallel:Parallel, machine:Machine, team:Team)->None:
-    "Divide a network over the mesh, in place."
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    narrow = None if machine.dtype == torch.float32 else machine.dtype
-    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False) # autocast does the rest
-    for block in blocks_of(network): fully_shard(block, mesh=team.mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward)
-    fully_shard(network, mesh=team.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), reshard_after_forward=False)
 
 class Arranged(nn.Module):
     "The loss as training calls it."
@@ -228,11 +220,21 @@ class Arranged(nn.Module):
     ):
         super().__init__()
         self.network, self._loss = network, loss
-    def forward(self, batch:Any, generator:torch.Generator|None)->LossSum:
-        if hasattr(self.network, 'unshard'): self.network.unshard() # the head and the tables may be used before the first block
-        return self._loss(self.network, batch, generator)
+    def forward(self, batch:Any, generator:torch.Generator|None)->LossSum|None:
+        return None if batch is None else self._loss(self.network, batch, generator)
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #ab66a276
+def _shard(called:Arranged, parallel:Parallel, machine:Machine, team:Team)->None:
+    "Divide a network over the mesh, in place."
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    narrow = None if machine.dtype == torch.float32 else machine.dtype
+    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False) # autocast does the rest
+    for block in blocks_of(called.network): fully_shard(block, mesh=team.mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward)
+    fully_shard(called, mesh=team.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), reshard_after_forward=False)
+    called(None, None) # FSDP takes the first module that is called for the outermost one: this must not be a block
+    called.reshard()
+    called.network.unshard, called.network.reshard = called.unshard, called.reshard
+
+# %% ../../nbs/4_trainer/012_parallel.ipynb #9d67b2bb
 def _compile(network:nn.Module, objective:Objective, divided:bool)->Callable[..., LossSum]:
     "Compile as far as it can be; gives the loss to call."
     if divided:
@@ -256,11 +258,11 @@ def arrange(
     if recompute is not None: network.recompute = recompute
     loss = _compile(network, objective, strategy in ('fsdp', 'hsdp')) if machine.compile else objective.loss
     if strategy == 'none': return loss
-    if strategy != 'ddp': _shard(network, parallel, machine, team)
     called = Arranged(network, loss)
+    if strategy != 'ddp': _shard(called, parallel, machine, team)
     if strategy == 'ddp':
         from torch.nn.parallel import DistributedDataParallel
-        called = DistributedDataParallel(called, find_unused_parameters=objective.name != 'ar', gradient_as_bucket_view=True)
+        called = DistributedDataParallel(called, find_unused_parameters=getattr(network, 'extras', None) is not None, gradient_as_bucket_view=True)
     def loss_of(network:nn.Module, batch:Any, generator:torch.Generator|None=None)->LossSum: return called(batch, generator)
     loss_of.called = called
     return loss_of
