@@ -1,5 +1,5 @@
 "Chains of jobs: the scripts, the records, and a real Slurm of one node, where one can be had."
-import contextlib, json, os, shutil, subprocess, sys, time
+import contextlib, json, os, re, shutil, subprocess, time
 from pathlib import Path
 import pytest
 from safetensors.torch import load_file
@@ -118,6 +118,14 @@ def test_a_run_that_is_done_is_left_alone(tmp_path, no_slurm):
     assert 'the run is done' in slurm.status(run)
 
 
+def test_a_run_that_somebody_trains_elsewhere_is_left_alone(tmp_path, no_slurm):
+    run = chain(tmp_path/'r', ('began', 1, 0), ('ended', 1, 40, 75))
+    alive = {'state': 'running', 'time': time.time(), 'pid': 1, 'host': 'other'}
+    write_json(run/'status.json', alive)
+    assert not slurm.begin(run, 2) and slurm.end(run, 2, 0) == 1
+    assert json.loads((run/'status.json').read_text()) == alive and 'somebody else trains this run' in slurm.status(run) and not slurm.read_chain(run).stopped
+
+
 @pytest.mark.parametrize('mode, codes', [('afterany', (75, 1)), ('afterok', (0, 1))])
 def test_exit_codes(mode, codes, tmp_path, no_slurm):
     "torchrun says 1 whatever happened; the run knows. afterok goes on after a 0 alone."
@@ -155,8 +163,8 @@ def test_wrong_words(llmlab, words, says):
 
 @pytest.fixture(scope='module')
 def cluster(tmp_path_factory):
-    "A Slurm that answers: the machine's own, or one that is started for these tests and ended after them."
-    if shutil.which('sinfo') and subprocess.run(['sinfo', '-h'], capture_output=True).returncode == 0:
+    "A Slurm of ours: one that runs already (as .ci/run starts it), or one that is started for these tests and ended after them. Other people's are left alone."
+    if shutil.which('scontrol') and re.search(r'ClusterName *= *llmlab\n', subprocess.run(['scontrol', 'show', 'config'], capture_output=True, text=True).stdout):
         yield None
         return
     folder, script = tmp_path_factory.mktemp('slurm'), root/'tests'/'slurm_up.sh'
@@ -173,7 +181,7 @@ def site(cluster, tmp_path_factory)->Path:
     "A folder to submit from: the commands of this environment, a cache, and a run that nobody interrupted."
     folder = tmp_path_factory.mktemp('site')
     (folder/'bin').mkdir()
-    for door in ('train', 'slurm', 'prepare'):
+    for door in ('train', 'finetune', 'slurm', 'prepare'):
         *python, code = command(f'llmlab_{door}')
         (folder/'bin'/f'llmlab_{door}').write_text(f"#!/bin/sh\nexec {' '.join(python)} '{code}' \"$@\"\n")
         (folder/'bin'/f'llmlab_{door}').chmod(0o755)
@@ -298,6 +306,26 @@ def test_torchrun_within_a_job(submitted, links):
 
 
 @pytest.mark.proof
+def test_the_rendezvous_of_two_nodes(llmlab, tmp_path, monkeypatch):
+    "The script for two machines, on one: a stand-in for srun starts its command twice, as on two hosts. The two torchruns meet, and train one model."
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path/'runs'/'r'/'slurm'/'chain.json', dict(door='train', mode='afterany', patience=2, until_done=False, jobs=['4242']))
+    cfg = config('run.name=r', 'trainer.max_steps=6', 'slurm.nodes=2', 'slurm.gpus_per_node=1')
+    cfg.save(tmp_path/'runs'/'r'/'config.yaml')
+    (tmp_path/'bin').mkdir()
+    for door in ('train', 'slurm'):
+        *python, code = command(f'llmlab_{door}')
+        (tmp_path/'bin'/f'llmlab_{door}').write_text(f"#!/bin/sh\nexec {' '.join(python)} '{code}' \"$@\"\n")
+    (tmp_path/'bin'/'srun').write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"$@" & a=$!\n"$@" & b=$!\nwait $a && wait $b\n')
+    (tmp_path/'bin'/'scontrol').write_text('#!/bin/sh\nhostname\n')
+    for p in (tmp_path/'bin').iterdir(): p.chmod(0o755)
+    text = slurm.script_of(cfg, Path('runs/r'), 1).replace('export PATH=', f'export PATH={tmp_path}/bin:')
+    done = subprocess.run(['bash'], input=text, text=True, capture_output=True, timeout=300,
+                          env=os.environ | {'SLURM_JOB_ID': '4242', 'SLURM_JOB_NODELIST': 'x', 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0 and 'the run is done' in done.stdout and '2 ranks' in done.stdout, done.stdout+done.stderr
+
+
+@pytest.mark.proof
 def test_slurm_itself_signals_before_the_time_limit(site):
     run = submit(site, 'real', 'trainer.max_steps=1000000', 'slurm.time=00:01:00', 'slurm.signal_seconds=20', 'chain.total_jobs=2')
     sittings = await_(lambda: over(run, 2), 400)
@@ -314,3 +342,27 @@ def test_tasks_prepare_one_cache_and_each_value_has_a_run(site, tmp_path):
     for seed in (1, 2): await_(lambda: over(site/'runs'/f's-seed-{seed}', 1))
     a, b = (load_file(next((site/'runs'/f's-seed-{seed}'/'checkpoints').glob('step-*'))/'model.safetensors') for seed in (1, 2))
     assert any(not a[k].equal(b[k]) for k in a)
+
+
+@pytest.mark.proof
+def test_until_it_is_done(site):
+    "Each job queues the next one; every one of them stops after a step."
+    with contextlib.chdir(site):
+        cfg = load_config('c.yaml', ['run.name=on', 'trainer.max_steps=3', 'slurm.time=00:01:00', 'slurm.signal_seconds=58'])
+        run = site/slurm.submit(cfg, until_done=True, say=lambda line: None)
+    await_(lambda: slurm.read_chain(run).done)
+    await_(lambda: not {'PENDING', 'RUNNING', 'COMPLETING'} & set(slurm.states(slurm.read_chain(run).jobs).values()))
+    sittings = slurm.read_chain(run).sittings
+    assert [s.code for s in sittings] == [75]*(len(sittings)-1)+[0] and len(sittings) > 1, slurm.status(run)
+    through_the_door(site, 'submit', '--resume', 'on', 'trainer.max_steps=5', 'slurm.signal_seconds=5') # a run that is done, made longer
+    assert await_(lambda: over(run, len(sittings)+1))[-1].last == 5
+
+
+@pytest.mark.proof
+def test_a_chain_of_fine_tuning(submitted):
+    settings = ['run.name=tuned', 'run.device=cpu', 'run.precision=fp32', 'tracking.tensorboard=false', 'finetune.init=runs/straight', 'packing.seq_len=256', 'finetune.max_samples=60', 'trainer.sample_tokens=0',
+                'chain.total_jobs=2', 'chain.epochs_per_job=1', 'slurm.gpus_per_node=0', 'slurm.signal_seconds=5', 'slurm.setup='+load_config(submitted/'c.yaml').slurm.setup]
+    with contextlib.chdir(submitted): run = submitted/slurm.submit(load_config({}, settings, under='sft'), 'finetune', say=lambda line: None)
+    sittings = await_(lambda: over(run, 2))
+    assert [s.code for s in sittings] == [75, 0] and sittings[0].last*2 == sittings[1].last, slurm.status(run)
+    assert 'warm-up takes' in slurm.log_of(run, 1).read_text()

@@ -43,7 +43,7 @@ def further(
         if decides := _ours.get(str(name).replace('_', '-')): raise ConfigError(f'slurm.extra.{name} is decided by {decides}: set it there.')
     return [line for name, value in extra.items() for line in option(name, value)]
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #7f676bee
+# %% ../../nbs/7_launch/00_slurm.ipynb #0245bf27
 def processes(
     s:Slurm, # the section
 )->int: # on each node
@@ -61,13 +61,13 @@ def asks(
     s:Slurm, # the section
     name:str, # of the job
     log:Path|str, # where its output goes
-    gpus:bool=True, # whether it uses them
+    training:bool=True, # needs GPUs and a warning; preparing needs neither
 )->list[str]: # lines of the script
     "What a job asks of Slurm."
-    if s.signal_seconds >= seconds_of(s.time): raise ConfigError(f'slurm.signal_seconds is {s.signal_seconds}, and slurm.time {s.time} is not longer: no time would be left to train in.')
-    cores = s.cpus_per_task and s.cpus_per_task*(processes(s) if gpus else 1)
-    given = {'job-name': name, 'output': str(log), 'open-mode': 'append', 'chdir': str(Path.cwd()).replace('%', '%%'), 'partition': s.partition, 'time': s.time, 'nodes': s.nodes if gpus else 1, 'ntasks-per-node': 1,
-             'gpus-per-node': (s.gpus_per_node or None) if gpus else None, 'cpus-per-task': cores, 'mem': s.mem, 'signal': f'USR1@{s.signal_seconds}' if gpus else None}
+    if training and s.signal_seconds >= seconds_of(s.time): raise ConfigError(f'slurm.signal_seconds is {s.signal_seconds}, and slurm.time {s.time} is not longer: no time would be left to train in.')
+    cores = s.cpus_per_task and s.cpus_per_task*(processes(s) if training else 1)
+    given = {'job-name': name, 'output': str(log), 'open-mode': 'append', 'chdir': str(Path.cwd()).replace('%', '%%'), 'partition': s.partition, 'time': s.time, 'nodes': s.nodes if training else 1, 'ntasks-per-node': 1,
+             'gpus-per-node': (s.gpus_per_node or None) if training else None, 'cpus-per-task': cores, 'mem': s.mem, 'signal': f'USR1@{s.signal_seconds}' if training else None}
     return [line for name, value in given.items() for line in option(name, value)] + further(s.extra)
 
 # %% ../../nbs/7_launch/00_slurm.ipynb #5702f384
@@ -112,7 +112,7 @@ def log_of(run:Path, number:int)->Path:
     "Where the output of a link goes."
     return Path(run)/'slurm'/f'link-{number:02}.log'
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #1cd96db9
+# %% ../../nbs/7_launch/00_slurm.ipynb #c8535492
 def settle(
     cfg:Config, # is copied
     say:Callable[[str], None]=print, # told what is decided
@@ -123,8 +123,8 @@ def settle(
     whole = c.epochs_per_job and c.total_jobs*c.epochs_per_job
     if whole and not (t.max_steps or t.max_tokens or t.epochs):
         t.epochs = whole
-        say(f'{c.total_jobs} jobs of {c.epochs_per_job:g} epochs: one run of {whole:g} epochs, with one schedule')
-    elif whole and t.epochs and t.epochs > whole: say(f'{c.total_jobs} jobs of {c.epochs_per_job:g} epochs are {whole:g} of the {t.epochs:g} epochs of this run: `llmlab_slurm submit --resume` adds jobs later.')
+        say(f'{c.total_jobs} job{"s"*(c.total_jobs > 1)} of {c.epochs_per_job:g} epochs: one run of {whole:g} epochs, with one schedule')
+    elif whole and t.epochs and t.epochs > whole: say(f'{c.total_jobs} job{"s"*(c.total_jobs > 1)} of {c.epochs_per_job:g} epochs: that is {whole:g} of the {t.epochs:g} epochs of this run: `llmlab_slurm submit --resume` adds jobs later.')
     asks(cfg.slurm, 'run', 'log')
     return cfg
 
@@ -155,7 +155,7 @@ def note(run:Path, event:str, **more)->None:
     "Add a record to a chain."
     append_json(run/'slurm'/'links.jsonl', {'event': event, 'time': round(time.time(), 3), **more})
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #c7180979
+# %% ../../nbs/7_launch/00_slurm.ipynb #e66ef832
 @dataclass
 class Chain:
     "A chain as its folder tells it."
@@ -178,7 +178,8 @@ def read_chain(
     run = Path(run)
     if not (run/'slurm'/'chain.json').is_file(): raise LlmlabError(f'{run} was not submitted with llmlab_slurm: there is no slurm/chain.json in it. `llmlab_slurm submit --resume {run}` does.')
     chain = Chain(run, read_json(run/'slurm'/'chain.json'), [], None, 0)
-    for r in read_jsonl(run/'slurm'/'links.jsonl'):
+    records = run/'slurm'/'links.jsonl'
+    for r in read_jsonl(records) if records.exists() else ():
         mine = next((s for s in reversed(chain.sittings) if s.link == r.get('link') and s.ended is None), None)
         if r['event'] == 'submitted': chain.stopped, chain.fresh = None, len(chain.sittings)
         if r['event'] == 'stopped': chain.stopped = r['why']
@@ -237,15 +238,17 @@ def scancel(
     "Take jobs from the queue; those that run are told to end. What is over already is passed over."
     if jobs := list(jobs): _ask('scancel', '--quiet', *jobs)
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #4cad3540
-def _set_right(chain:Chain)->None:
-    "Give an end to sittings that have none, and to the heartbeat of a process that is gone."
+# %% ../../nbs/7_launch/00_slurm.ipynb #060e9e34
+def _set_right(chain:Chain, patience:float=60.)->None:
+    "Give an end to sittings that have none, and to the heartbeat of a process that is gone. Raises `LlmlabError` where a link still runs."
     mine, step = os.environ.get('SLURM_JOB_ID'), newest_step(chain.run)
-    if busy := [s for s in chain.sittings if s.ended is None and s.job not in (None, mine) and states([s.job]).get(s.job) in ('RUNNING', 'COMPLETING', 'SUSPENDED')]:
-        raise LlmlabError(f'link {busy[0].link} of {chain.run} is still running (job {busy[0].job}), and two cannot train one run.')
-    for s in chain.sittings:
-        if s.ended is None: note(chain.run, 'ended', link=s.link, job=s.job, step=step, code=None)
-    _bury(chain.run)
+    open_ = [s for s in chain.sittings if s.ended is None]
+    running = lambda: [s for s in open_ if s.job not in (None, mine) and states([s.job]).get(s.job) in ('RUNNING', 'COMPLETING', 'SUSPENDED')]
+    until = time.monotonic()+patience
+    while (busy := running()) and time.monotonic() < until: time.sleep(1)
+    if busy: raise LlmlabError(f'link {busy[0].link} of {chain.run} is still running (job {busy[0].job}), and two cannot train one run.')
+    for s in open_: note(chain.run, 'ended', link=s.link, job=s.job, step=step, code=None)
+    if open_: _bury(chain.run)
 
 def _bury(run:Path)->None:
     if (status := read_status(run)).get('state') == 'running': write_json(run/'status.json', status | {'state': 'failed'})
@@ -264,7 +267,7 @@ def _left(chain:Chain)->list[str]:
     over = {s.link for s in chain.sittings if s.ended is not None}
     return [job for number, job in enumerate(chain.jobs, 1) if number not in over]
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #6e7c548f
+# %% ../../nbs/7_launch/00_slurm.ipynb #5539777a
 def begin(
     run:str|Path, # the run folder
     number:int, # of the link
@@ -276,6 +279,7 @@ def begin(
     chain = read_chain(run)
     why, code = chain.stopped, 1
     if chain.done: why, code = 'the run is done', 0
+    elif not why and is_running(chain.run): why = f'somebody else trains this run now, on {read_status(chain.run)["host"]}'
     elif not why and (why := stuck(chain)): stop(chain, why, job)
     step = newest_step(run)
     if why:
@@ -295,8 +299,9 @@ def outcome(
 )->int: # 0: the run is done; 75: handed over; else it failed
     "How a link ended, from what the run itself says: torchrun answers 1 for every exit code of its processes."
     status = read_status(run)
-    said = {'done': 0, 'stopped': 75}.get(status.get('state')) if status.get('time', 0) >= since else None
-    return said if said is not None else code or (0 if not status else 1)
+    state, fresh = status.get('state'), status.get('time', 0) >= since
+    if state == 'done' and (fresh or not code): return 0
+    return 75 if state == 'stopped' and fresh else code or 1
 
 def end(
     run:str|Path, # the run folder
@@ -315,6 +320,7 @@ def end(
     chain = read_chain(run)
     say(f'Link {number} of {chain.run} ends with step {step:,}: ' + {0: 'the run is done', 75: 'handed over'}.get(code, f'failed with exit code {code}'))
     if not code: scancel(j for j in _left(chain) if j != job)
+    elif chain.stopped: pass # cancelled
     elif why := stuck(chain): stop(chain, why, job)
     elif code != 75 and chain.rules['mode'] == 'afterok': stop(chain, f'link {number} failed with exit code {code}, and chain.mode is afterok', job)
     return 0 if code == 75 and chain.rules['mode'] == 'afterok' else code # afterok goes on after a 0 only
@@ -379,7 +385,7 @@ def dry_run(
     waits = lambda i: f'--dependency={cfg.chain.mode}:JOB_OF_LINK_{i-1} --kill-on-invalid-dep=yes ' if i > 1 else ''
     return '\n'.join([*out, '# ---- submitted by', *(f'#   sbatch {waits(i)}{_quoted(name(n)/"slurm"/f"link-{i:02}.sh")}' for i in links)])
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #66ce8560
+# %% ../../nbs/7_launch/00_slurm.ipynb #66570d54
 def resubmit(
     name:str, # of a run, or its folder
     overrides:Iterable[str]=(), # settings to change, as slurm.time=12:00:00 or chain.total_jobs=3
@@ -396,6 +402,7 @@ def resubmit(
     if there and (left := [j for j, s in states(_left(read_chain(run))).items() if s in ('PENDING', 'RUNNING', 'COMPLETING')]): raise LlmlabError(f'{run} has jobs in the queue already: {", ".join(left)}. Cancel them first: llmlab_slurm cancel {name}')
     if there: _set_right(read_chain(run))
     elif is_running(run): raise LlmlabError(f'{run} is running already. Stop it first.')
+    if (seen := read_status(run)).get('state') == 'done': write_json(run/'status.json', seen | {'state': 'stopped'}) # it is asked to go on: training will see whether there is anything left
     cfg.save(run/'config.yaml')
     note(run, 'submitted')
     _queue(run, cfg, rules | dict(mode=cfg.chain.mode, patience=cfg.chain.patience, until_done=until_done), cfg.chain.total_jobs, None, say)
@@ -412,7 +419,7 @@ def sweep(
     if len(set(values)) < len(values): raise ConfigError(f'--array {text}: a value stands there twice.')
     return [(f'{key.strip()}={v}', f'-{key.strip().rpartition(".")[2]}-{v}') for v in values]
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #ba55eeee
+# %% ../../nbs/7_launch/00_slurm.ipynb #a5a2fcce
 def prepare_script(
     cfg:Config, # the section slurm
     folder:Path, # of config, script and logs
@@ -423,7 +430,7 @@ def prepare_script(
     _, line = launch(s.model_copy(update=dict(nodes=1, gpus_per_node=0, tasks_per_node=1)), f'llmlab_prepare --config {_quoted(folder/"config.yaml")}')
     log = str((folder/('task-%a.log' if tasks > 1 else 'task.log')).absolute())
     array = [f'#SBATCH --array=0-{tasks-1}'] if tasks > 1 else []
-    return '\n'.join(['#!/bin/bash', *asks(s, folder.name, log, gpus=False), *array, '', '# All tasks run the same command, and divide the chunks among themselves.', f'export PATH={_quoted(_here())}:"$PATH"',
+    return '\n'.join(['#!/bin/bash', *asks(s, folder.name, log, training=False), *array, '', '# All tasks run the same command, and divide the chunks among themselves.', f'export PATH={_quoted(_here())}:"$PATH"',
                       *([s.setup.rstrip()] if s.setup else []), line, ''])
 
 def prepare(
