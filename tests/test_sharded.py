@@ -298,6 +298,13 @@ def test_a_damaged_or_missing_shard_is_named(done, tmp_path, sort):
     if sort == 'optimizer': load_checkpoint(shard.parent.parent, training=False) # does not read it
     else:
         with pytest.raises(CheckpointError, match='is damaged'): load_checkpoint(shard.parent.parent, training=False)
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    stray = shard.with_name('shard-00003-of-00003.safetensors')
+    shutil.copy(shard, stray)
+    with pytest.raises(CheckpointError, match=f'{sort}/shard-00003-of-00003.safetensors is no part of it'): load_checkpoint(shard.parent.parent)
+    stray.unlink()
+    load_checkpoint(shard.parent.parent)
     shard.unlink()
     assert not is_complete(shard.parent.parent) and latest(tmp_path/'c', say=lambda s: None) is None
     with pytest.raises(CheckpointError, match=f'{sort}/shard-00002-of-00002.safetensors is missing'): load_checkpoint(shard.parent.parent)
