@@ -6,9 +6,9 @@
 __all__ = ['Shape', 'count_parameters', 'flops_per_token', 'KVCache', 'Layout', 'settings_of', 'Window', 'Attention', 'Block',
            'lay_out', 'recomputing', 'Transformer', 'init_weights', 'build']
 
-# %% ../../nbs/3_models/03_transformer.ipynb #74133ea6
+# %% ../../nbs/3_models/03_transformer.ipynb #4d4d608f
 import contextlib, functools, math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -277,7 +277,7 @@ def _reach(positions:Tensor, written:Tensor, causal:bool, block:int|None, cache:
     cache.ends = torch.maximum(written[:, 0], torch.as_tensor(cache.ends, device=written.device))
     return (cache.ends-1)[:, None].expand_as(positions)
 
-# %% ../../nbs/3_models/03_transformer.ipynb #9f0a4c8e
+# %% ../../nbs/3_models/03_transformer.ipynb #8f106723
 _dear = ('aten.mm.', 'aten.addmm.', '_scaled_dot_product_', '_varlen_attn', 'flash_attn', 'flex_attention') # in the names of operations
 
 def _keep_dear(ctx:Any, func:Any, *args, **kwargs)->CheckpointPolicy:
@@ -295,7 +295,15 @@ def recomputing(
         raise ConfigError(f'trainer.gradient_checkpointing is {how!r}; it is none, selective, full, or a number n: every n-th block.')
     return {i: {} for i in range(num_layers) if how == 'full' or (i+1) % how == 0}
 
-# %% ../../nbs/3_models/03_transformer.ipynb #e70fc6e4
+@contextlib.contextmanager
+def _cast_anew()->Iterator[None]:
+    "Within the block autocast remembers no cast weight: `selective` counts operations, and the second time there must be as many."
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try: yield
+    finally: torch.set_autocast_cache_enabled(before)
+
+# %% ../../nbs/3_models/03_transformer.ipynb #9c6fdb96
 class Transformer(nn.Module):
     "Tokens to vectors to scores of the next (or the hidden) token."
     def __init__(self,
@@ -330,9 +338,10 @@ class Transformer(nn.Module):
         layout = lay_out(x, self.shape, self.backend, document, one_document, causal, cache, block, seen, positions)
         if self.places is not None: x = x + self.places(layout.positions)
         again = recomputing(self.recompute, len(self.blocks)) if self.training and torch.is_grad_enabled() else {}
-        for i, block in enumerate(self.blocks):
-            if i in again: x = checkpoint(block, x, layout, use_reentrant=False, preserve_rng_state=False, **again[i])
-            else: x = block(x, layout, None if cache is None else cache.states[i])
+        with _cast_anew() if self.recompute == 'selective' and again and not torch.compiler.is_compiling() else contextlib.nullcontext():
+            for i, block in enumerate(self.blocks):
+                if i in again: x = checkpoint(block, x, layout, use_reentrant=False, preserve_rng_state=False, **again[i])
+                else: x = block(x, layout, None if cache is None else cache.states[i])
         if cache is not None and keep: cache.lengths, cache.longest = cache.lengths+layout.counts, cache.longest+tokens.shape[1]
         h = self.norm(x)
         return self.head(h) if logits else h
