@@ -86,7 +86,7 @@ SchedulerType=sched/builtin
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=5
+KillWait=30
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$(n=$(nproc); echo $((n < 4 ? 4 : n))) RealMemory=4000 State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 CONF

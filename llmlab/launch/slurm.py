@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['option', 'further', 'processes', 'seconds_of', 'asks', 'launch', 'script_of', 'log_of', 'settle', 'Sitting',
            'newest_step', 'note', 'Chain', 'read_chain', 'stuck', 'need_slurm', 'sbatch', 'states', 'scancel', 'stop',
-           'begin', 'outcome', 'end', 'extend', 'submit', 'dry_run', 'resubmit', 'sweep', 'prepare_script', 'prepare',
-           'find', 'tail', 'status', 'headline', 'overview', 'cancel']
+           'begin', 'outcome', 'end', 'extend', 'submit', 'dry_run', 'find', 'resubmit', 'sweep', 'prepare_script',
+           'prepare', 'tail', 'status', 'headline', 'overview', 'cancel']
 
 # %% ../../nbs/7_launch/00_slurm.ipynb #21eb7e30
 import os, re, shlex, shutil, subprocess, sys, time
@@ -385,7 +385,18 @@ def dry_run(
     waits = lambda i: f'--dependency={cfg.chain.mode}:JOB_OF_LINK_{i-1} --kill-on-invalid-dep=yes ' if i > 1 else ''
     return '\n'.join([*out, '# ---- submitted by', *(f'#   sbatch {waits(i)}{_quoted(name(n)/"slurm"/f"link-{i:02}.sh")}' for i in links)])
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #66570d54
+# %% ../../nbs/7_launch/00_slurm.ipynb #ca7a1d10
+def find(
+    name:str, # of a run, or its folder
+    runs:str|Path='runs', # the folder of the runs
+)->Path: # the run folder
+    "The run that a name means. Raises `LlmlabError`."
+    for run in (Path(runs)/name, Path(name)):
+        if (run/'slurm'/'chain.json').is_file() or (run/'config.yaml').is_file(): return run
+    chains = [p.parent.parent.name for p in sorted(Path(runs).glob('*/slurm/chain.json'))]
+    raise LlmlabError(f'there is no run {name!r} in {runs}. ' + (f'Chains: {", ".join(chains)}.' if chains else 'Nothing was submitted from here yet.'))
+
+# %% ../../nbs/7_launch/00_slurm.ipynb #d3fba8a2
 def resubmit(
     name:str, # of a run, or its folder
     overrides:Iterable[str]=(), # settings to change, as slurm.time=12:00:00 or chain.total_jobs=3
@@ -394,9 +405,10 @@ def resubmit(
     say:Callable[[str], None]=print, # told what happens
 )->Path: # the run folder
     "Go on with a run as a chain of `chain.total_jobs` more jobs."
-    from llmlab.recipes import resume_settings
     need_slurm()
-    cfg, run = resume_settings(name, list(overrides), runs)
+    run, overrides, lengths = find(name, runs), list(overrides), ('max_steps', 'max_tokens', 'epochs')
+    asked = [k for k in lengths if any(o.lstrip('-').startswith(f'trainer.{k}=') for o in overrides)]
+    cfg = load_config(run/'config.yaml', [*(f'trainer.{k}=null' for k in lengths if asked and k not in asked), *overrides]) # another length takes the place of the one that was
     there = (run/'slurm'/'chain.json').is_file()
     rules = read_chain(run).rules if there else dict(door='finetune' if cfg.finetune.init else 'train', jobs=[])
     if there and (left := [j for j, s in states(_left(read_chain(run))).items() if s in ('PENDING', 'RUNNING', 'COMPLETING')]): raise LlmlabError(f'{run} has jobs in the queue already: {", ".join(left)}. Cancel them first: llmlab_slurm cancel {name}')
@@ -451,17 +463,7 @@ def prepare(
     say(f'Job {job}' + (f', {tasks} tasks' if tasks > 1 else '') + f'; logs in {folder}')
     return folder
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #67259406
-def find(
-    name:str, # of a run, or its folder
-    runs:str|Path='runs', # the folder of the runs
-)->Path: # the run folder
-    "The run that a name means. Raises `LlmlabError`."
-    for run in (Path(runs)/name, Path(name)):
-        if (run/'slurm'/'chain.json').is_file() or (run/'config.yaml').is_file(): return run
-    chains = [p.parent.parent.name for p in sorted(Path(runs).glob('*/slurm/chain.json'))]
-    raise LlmlabError(f'there is no run {name!r} in {runs}. ' + (f'Chains: {", ".join(chains)}.' if chains else 'Nothing was submitted from here yet.'))
-
+# %% ../../nbs/7_launch/00_slurm.ipynb #16b6b9b0
 def tail(
     path:Path, # a log
     lines:int=6, # from its end
@@ -522,7 +524,7 @@ def overview(
     known = states(j for c in chains for j in c.jobs)
     return '\n'.join(headline(c, {j: s for j, s in known.items() if j in c.jobs}).partition('\n')[0] for c in chains)
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #d0e938e6
+# %% ../../nbs/7_launch/00_slurm.ipynb #4a68f481
 def cancel(
     run:str|Path, # the run folder
     patience:float=60., # seconds to wait for a running link to leave
@@ -537,5 +539,6 @@ def cancel(
     scancel(there)
     until = time.monotonic()+patience
     while time.monotonic() < until and any(s in ('RUNNING', 'COMPLETING') for s in states(there).values()): time.sleep(.5)
+    if not {'RUNNING', 'COMPLETING'} & set(states(there).values()): _set_right(read_chain(run)) # one that was killed before it could say so
     step = newest_step(run)
     say(f'Cancelled: {", ".join(there)}. ' + (f'The newest checkpoint is {chain.run}/checkpoints/step-{step:08d}; go on with: llmlab_slurm submit --resume {chain.run}' if step else 'There is no checkpoint yet.'))
