@@ -67,10 +67,10 @@ class Heap:
         del self.ends[at+size], self.holes[bisect_left(self.holes, (size, at))]
         return size, at
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #937f0df5
+# %% ../../nbs/4_trainer/042_memory.ipynb #5ad0fbdb
 def reach(
     log:list[tuple[int, int|None]], # number of a block and its size; None: it is given back
-    times:int=3, # how often what is given back in the end comes again
+    times:int=6, # steps: how often what is given back in the end comes again
 )->int: # bytes
     "The most that a heap ever takes from the system when these blocks come and go."
     heap, gone = Heap(), {key for key, size in log if size is None}
@@ -191,7 +191,7 @@ def _watched(ledger:Ledger, gpu:bool)->Iterator[None]:
         with _instead(*swaps): yield
     finally: engines.pop('fused', None)
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #ffd3f9e2
+# %% ../../nbs/4_trainer/042_memory.ipynb #88d8150b
 def _fake_batch(rows:int, seq_len:int)->Batch:
     make = lambda dtype: torch.empty(rows, seq_len, dtype=dtype)
     return Batch(make(torch.int64), make(torch.int64), make(torch.float32), make(torch.int64), num_targets=rows*seq_len, place=0)
@@ -200,10 +200,10 @@ def _own(ledger:Ledger, optimizer:JointOptimizer)->None:
     "Call the states of an optimizer by their name."
     for t in (t for part in optimizer.parts for state in part.state.values() for t in state.values() if isinstance(t, Tensor)): ledger.note(t, 'optimizer')
 
-def _first_states(ledger:Ledger, network:nn.Module, optimizer:JointOptimizer)->None:
-    "The states of the optimizer, from gradients that nobody computed; and the way it moves on a GPU."
+def _first_states(ledger:Ledger, network:nn.Module, optimizer:JointOptimizer, gpu:bool)->None:
+    "The states of the optimizer, from gradients that nobody computed."
     for part in optimizer.parts:
-        if isinstance(part, Muon): part.together, part.dtype = 2**62, torch.bfloat16
+        if isinstance(part, Muon) and gpu: part.together, part.dtype = 2**62, torch.bfloat16 # as it moves there
     for p in network.parameters(): p.grad = torch.empty_like(p) if p.requires_grad else None
     with ledger.calling('temporary'): optimizer.step()
     optimizer.zero_grad()
@@ -242,7 +242,7 @@ def walk(
     gpu:bool=False, # as on a GPU
     weights:torch.dtype=torch.float32, # format of the weights
 )->Ledger: # with the peak of each phase: '' (before), forward, backward, step
-    "Two steps of a run with fake tensors."
+    "A step of a run with fake tensors, after one that made the states."
     from torch._subclasses.fake_tensor import FakeTensorMode
     network, objective = build_model(cfg, vocab_size, 'meta')
     s, ledger = network.shape, Ledger(512 if gpu else 64)
@@ -254,8 +254,7 @@ def walk(
             for p in network.parameters(): p.register_post_accumulate_grad_hook(lambda p: ledger.note(p.grad, 'gradients'))
             with ledger.calling('average'): ema = Ema(network, cfg.optim.ema) if cfg.optim.ema else None
             optimizer = build_optimizer(network.train(), cfg.optim)
-            if gpu: _first_states(ledger, network, optimizer)
-            else: _step(ledger, network, objective, optimizer, cfg, rows, 1, dtype)
+            _first_states(ledger, network, optimizer, gpu)
             _step(ledger, network, objective, optimizer, cfg, rows, min(2, micro), dtype)
     finally: layers._angles.cache_clear()
     return ledger
@@ -289,7 +288,7 @@ def batch_bytes(
     "Tokens, targets, weights and documents of the micro-batches of a step, and of those that are prepared ahead."
     return (micro+4)*rows*cfg.packing.seq_len*28
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #f7874d9b
+# %% ../../nbs/4_trainer/042_memory.ipynb #e8ab78b2
 _names = {'weights': 'weights', 'gradients': 'gradients', 'optimizer': 'optimizer states', 'average': 'average of the weights (optim.ema)', 'activations': 'activations',
           'head': "head: scores in pieces, and its gradient", 'temporary': 'temporary', 'gathered': 'gathered weights (fsdp)', 'batches': 'batches', 'loader': 'data loader',
           'checkpoint': 'copy for a checkpoint (trainer.save_async)', 'allocator': 'freed, but kept by the allocator', 'framework': 'framework'}
@@ -307,7 +306,7 @@ class Estimate:
     @property
     def moment(self)->str: return max(self.phases, key=lambda p: sum(self.phases[p].values())) # forward, backward, step
     @property
-    def parts(self)->dict[str, int]: return {k: self.phases[self.moment][k] for k in _names if self.phases[self.moment].get(k)}
+    def parts(self)->dict[str, int]: return {k: self.phases[self.moment][k] for k in _names if self.phases[self.moment].get(k, 0) > 99_999 or k == 'weights'}
     @property
     def peak(self)->int: return sum(self.parts.values())
 
