@@ -6,7 +6,7 @@
 __all__ = ['together', 'own_line', 'is_shared', 'own_part', 'memory_of', 'write_shards', 'read_shards', 'take_out', 'put_in',
            'each_tensor', 'Copies', 'Background']
 
-# %% ../../nbs/4_trainer/022_sharded.ipynb #16cbcecb
+# %% ../../nbs/4_trainer/022_sharded.ipynb #70877a9b
 import json, os, threading, warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from ..files import CheckpointError, hash_file
+from ..files import CheckpointError, LlmlabError, hash_file
 from .parallel import OtherRank, Team
 
-# %% ../../nbs/4_trainer/022_sharded.ipynb #9d5d3516
+# %% ../../nbs/4_trainer/022_sharded.ipynb #0804914f
 def together(
     team:Team, # the ranks that work
     work:Callable[[], Any], # done by each
 )->list[Any]: # what it gave, rank by rank
-    "Let every rank do something. Raises `CheckpointError` on all of them if one could not; alone, its own error."
+    "Let every rank do something. Raises `CheckpointError` on all of them if one could not; a rank alone, its own error."
     if team.world == 1: return [work()]
     result = error = None
     try: result = work()
@@ -31,6 +31,7 @@ def together(
     told, wrong = team.gather((result, None if isinstance(error, OtherRank) else error and (str(error) or type(error).__name__))), {}
     for rank, (_, text) in enumerate(told):
         if text: wrong.setdefault(text, rank)
+    if error and not isinstance(error, LlmlabError): raise error # a bug of ours keeps its name where it happened
     if wrong: raise CheckpointError(' '.join(f'Rank {rank} of {team.world}: {text}' for text, rank in wrong.items())) from error
     return [result for result, _ in told]
 
