@@ -578,17 +578,19 @@ def finetune(
             if base.ours and getattr(network, 'adapter', None): network.adapter['base']['path'] = cfg.finetune.init
         return carry_out(cfg, parts, begin, resume=resume, limit=limit, screen=screen, say=say, start=start)
 
-# %% ../nbs/80_recipes.ipynb #f4ab29e5
+# %% ../nbs/80_recipes.ipynb #47f2f0e6
 def keep_base(
     base:Base, # a checkpoint of ours
     folder:Path, # of a run that starts from it
 )->Path: # where it is kept
     "Keep the weights that a run starts from in its own folder: its adapters are nothing without them, and the other run throws old checkpoints away. A second name for the same bytes, where the disk can."
     with whole_folder(folder/'base', CheckpointError) as part:
-        for p in base.path.iterdir():
-            if p.name == 'training.pt' or not p.is_file(): continue
-            try: os.link(p, part/p.name)
-            except OSError: shutil.copy2(p, part/p.name) # another disk, or one without links
+        for p in (p for p in base.path.rglob('*') if p.is_file()):
+            name = p.relative_to(base.path)
+            if name.parts[0] in ('training.pt', 'optimizer'): continue
+            (part/name).parent.mkdir(exist_ok=True)
+            try: os.link(p, part/name)
+            except OSError: shutil.copy2(p, part/name) # another disk, or one without links
     return (folder/'base').absolute()
 
 def base_again(

@@ -28,9 +28,10 @@ def finished(job, code=0):
     return out, err
 
 
+MEMORY = {'more': ['model.attention=infini', 'model.infini.segment_len=16']}
 BELIEF = {'more': ['model.sdd.feedback_warmup_steps=0', 'model.sdd.feedback_prob=.6']}
 CASES = {f'{family}-{strategy}': dict(strategy=strategy, optim=optim, family=family, **more) for family, strategy, optim, more in [
-    ('ar', 'ddp', 'adamw', {}), ('ar', 'fsdp', 'adamw', {'recompute': 'full', 'ema': True}), ('ar', 'hsdp', 'muon', {}), ('diffusion', 'fsdp', 'muon', {}), ('sdd', 'ddp', 'adamw', BELIEF), ('sdd', 'fsdp', 'adamw', BELIEF)]}
+    ('ar', 'ddp', 'adamw', {}), ('ar', 'fsdp', 'adamw', {'recompute': 'selective', 'ema': True} | MEMORY), ('ar', 'hsdp', 'muon', {}), ('diffusion', 'fsdp', 'muon', {}), ('sdd', 'ddp', 'adamw', BELIEF), ('sdd', 'fsdp', 'adamw', BELIEF)]}
 
 
 @pytest.fixture(scope='module')

@@ -6,8 +6,8 @@
 __all__ = ['NAMES', 'share_of', 'Team', 'started_by_torchrun', 'strategy_of', 'join', 'leave', 'one_first', 'OtherRank', 'told',
            'divided', 'blocks_of', 'Arranged', 'arrange', 'adding_up', 'gathered', 'own_share']
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #f356ccd2
-import contextlib, math, os, socket
+# %% ../../nbs/4_trainer/012_parallel.ipynb #7be2e8e9
+import contextlib, math, os, socket, time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -80,7 +80,7 @@ class Team:
         "The first rank speaks, the others are silent."
         return say if self.first else lambda *line: None
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #738deccb
+# %% ../../nbs/4_trainer/012_parallel.ipynb #93d7e917
 def _is_gone(pid:int)->bool:
     try: state = open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[0]
     except FileNotFoundError: return os.path.isdir('/proc/self') # (no /proc, no answer)
@@ -92,8 +92,9 @@ def _watched(team:Team)->Iterator[None]:
     try: yield
     except RuntimeError as e:
         if team.world == 1 or not any(word in str(e).lower() for word in ('connection', 'timed out', 'timeout', 'gloo', 'nccl', 'socket', 'peer')): raise
-        here = socket.gethostname()
-        gone = [rank for rank, (host, pid) in enumerate(team.members) if host == here and rank != team.rank and _is_gone(pid)]
+        here, until = socket.gethostname(), time.monotonic()+2
+        look = lambda: [rank for rank, (host, pid) in enumerate(team.members) if host == here and rank != team.rank and _is_gone(pid)]
+        while not (gone := look()) and time.monotonic() < until: time.sleep(.05) # its connections end a moment before it does
         who = f'rank {", ".join(map(str, gone))} of {team.world} has died' if gone else f'rank {team.rank} of {team.world} has lost the others: one of them has died, or hangs'
         raise LlmlabError(f'{who}. The job cannot go on without it; the last checkpoint is good: start the same command with --resume. Why it died stands in its own output'
                           f' (killed without a word: perhaps it was short of memory). The network said: {str(e).splitlines()[0][:160]}') from e
@@ -155,7 +156,7 @@ def leave(
     import torch.distributed as dist
     if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #64bf6003
+# %% ../../nbs/4_trainer/012_parallel.ipynb #e08a5e2a
 def one_first(
     team:Team, # the ranks
     do:Callable[[], Any], # called by each: by the first of a machine, then by its others
@@ -163,7 +164,7 @@ def one_first(
 )->Any: # what `do` gave
     "Let one rank of each machine go first. If it fails, the others end quietly with it."
     if team.world == 1: return do()
-    import time, torch.distributed as dist
+    import torch.distributed as dist
     store, note = dist.distributed_c10d._get_default_store(), f'{what}-{team.rank-team.local_rank}'
     if team.local_rank:
         while not store.check([note]): time.sleep(.2)
