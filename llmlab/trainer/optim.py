@@ -80,7 +80,12 @@ def _noise_of(step:int, device:torch.device)->torch.Generator:
 def _local(t:Tensor)->Tensor: return t.to_local() if hasattr(t, 'to_local') else t # what lies here of a tensor that is divided among ranks
 def _flat(t:Tensor)->Tensor: return t.view(-1) if t.is_contiguous() else t
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #5a2909bb
+# %% ../../nbs/4_trainer/01_optim.ipynb #c925db2c
+def _room(size:int, device:torch.device)->list[Tensor]: # fp32, fp32, int32, int32 [size]; the third once more, as int64
+    "Memory for the numbers that are moved at a time, used again for all: fresh memory costs a CPU more than the arithmetic."
+    pairs = torch.empty((size+1)//2, dtype=torch.int64, device=device)
+    return [*(torch.empty(size, device=device) for _ in range(2)), pairs.view(torch.int32)[:size], torch.empty(size, dtype=torch.int32, device=device), pairs]
+
 class NarrowAdamW(torch.optim.Optimizer):
     "AdamW (Loshchilov & Hutter 2019) in fp32 with moments in bf16, rounded at random."
     kind = 'AdamW' # its states may be those of the other one, and the other way round
@@ -96,28 +101,29 @@ class NarrowAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self)->None:
         "Move every parameter that has a gradient."
-        draws = {}
+        draws, rooms = {}, {}
         for group in self.param_groups:
             for p in group['params']:
                 if p.grad is None: continue
+                if p.device not in rooms: rooms[p.device] = _room(min(2**18 if p.device.type == 'cpu' else 2**24, max(max(1, _local(q).numel()) for g in self.param_groups for q in g['params'])), p.device)
                 state = self.state[p]
                 if not state: state.update(step=torch.zeros(()), **{k: torch.zeros_like(p, dtype=torch.bfloat16) for k in ('exp_avg', 'exp_avg_sq')})
                 state['step'] += 1 # on the host: no question to the device
                 number = int(state['step'])
-                self._move(p, group, number, draws.setdefault((p.device, number), _noise_of(number, p.device)))
+                self._move(p, group, number, draws.setdefault((p.device, number), _noise_of(number, p.device)), rooms[p.device])
 
-    def _move(self, p:Tensor, group:dict, number:int, draw:torch.Generator)->None:
-        state, size = self.state[p], 2**18 if p.device.type == 'cpu' else 2**26 # numbers at a time: what fits into a processor's cache
-        parts = [_flat(_local(t)) for t in (p, p.grad, state['exp_avg'], state['exp_avg_sq'])]
-        count = torch.full((), float(number), device=p.device)
-        for x, g, m, v in zip(*((t.split(size) if t.ndim == 1 else [t]) for t in parts)):
+    def _move(self, p:Tensor, group:dict, number:int, draw:torch.Generator, room:list[Tensor])->None:
+        count, parts = torch.full((), float(number), device=p.device), [_flat(_local(t)) for t in (p, p.grad, self.state[p]['exp_avg'], self.state[p]['exp_avg_sq'])]
+        for x, g, m, v in zip(*((t.split(len(room[0])) if t.ndim == 1 else [t]) for t in parts)):
             if not x.numel(): continue # a shard may be empty
-            wide, (mw, vw) = x.float(), (m.float(), v.float())
-            torch._fused_adamw_([wide], [g.float()], [mw], [vw], [], [count], lr=group['lr'], beta1=group['betas'][0], beta2=group['betas'][1],
+            room = room if len(room[0]) >= x.numel() else _room(x.numel(), p.device)
+            mw, vw, bits, high = (r[:x.numel()].view(x.shape) for r in room[:4])
+            wide = x.float()
+            torch._fused_adamw_([wide], [g.float()], [mw.copy_(m)], [vw.copy_(v)], [], [count], lr=group['lr'], beta1=group['betas'][0], beta2=group['betas'][1],
                 weight_decay=group['weight_decay'], eps=group['eps'], amsgrad=False, maximize=False, found_inf=getattr(self, 'found_inf', None))
             if wide is not x: x.copy_(wide)
-            bits = torch.empty(x.shape, dtype=torch.int32, device=x.device).random_(generator=draw) # 31 of them: for both
-            round_randomly(vw, v, bits >> 15)
+            room[4][:(x.numel()+1)//2].random_(-2**63, None, generator=draw) # 32 bits a number, enough for both
+            round_randomly(vw, v, torch.bitwise_right_shift(bits, 16, out=high).bitwise_and_(65535))
             round_randomly(mw, m, bits.bitwise_and_(65535))
 
     def load_state_dict(self, state_dict:dict)->None:

@@ -3,6 +3,7 @@
     python tests/bench/memory.py                 # three presets on this CPU, three steps each: measured and estimated
     python tests/bench/memory.py --preset xl     # one or two steps of 300M weights, with the peak
     python tests/bench/memory.py --cuda          # the same on a GPU: torch's own peak beside the estimate
+    python tests/bench/memory.py --states        # a step of AdamW with moments in fp32 (torch's fused) and in bf16: time and bytes, by turns
 
 Shortened in rows (and in text), not in width or depth. The measured number is the largest resident size of the whole process (VmHWM): interpreter, loader,
 training, validation, samples, checkpoint, plots. What is made once (vocabulary, cache) is made before, by another process.
@@ -56,14 +57,37 @@ def measure(preset:str, folder:Path, device:str, more:list[str])->dict:
     seconds = time.monotonic()-start
     return dict(preset=preset, estimate=told, run=ask(TRAIN, preset, device, settings), estimate_seconds=seconds)
 
+def states(device:str, rounds:int=5, numbers:int=2**24)->None:
+    "Milliseconds of an optimizer step."
+    import statistics, torch
+    from llmlab.trainer.optim import NarrowAdamW
+    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
+    make = lambda: [torch.nn.Parameter(torch.randn(numbers//8, device=device)) for _ in range(8)]
+    ways, times = {'fp32, fused': lambda p: torch.optim.AdamW(p, 1e-3, fused=True), 'fp32, foreach': lambda p: torch.optim.AdamW(p, 1e-3, foreach=True), 'bf16, random rounding': lambda p: NarrowAdamW(p, 1e-3)}, {}
+    made = {name: way(make()) for name, way in ways.items()}
+    for name, optimizer in made.items():
+        for p in optimizer.param_groups[0]['params']: p.grad = torch.randn_like(p)
+    for i in range(rounds+1):
+        for name, optimizer in made.items():
+            if device == 'cuda': torch.cuda.synchronize()
+            start = time.perf_counter()
+            optimizer.step()
+            if device == 'cuda': torch.cuda.synchronize()
+            if i: times.setdefault(name, []).append(1e3*(time.perf_counter()-start))
+    for name, optimizer in made.items():
+        size = sum(t.numel()*t.element_size() for state in optimizer.state.values() for t in state.values())
+        print(f'{name:24} {statistics.median(times[name]):8.1f} ms (least {min(times[name]):.1f}), states {size/1e6:7.1f} MB, for {numbers/1e6:.1f}M numbers', flush=True)
+
 def main()->None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--preset', action='append', help='one of them, as often as wanted; without it quickstart, small and medium')
     parser.add_argument('--cuda', action='store_true', help='on a GPU')
     parser.add_argument('--folder', help='where caches and runs go, and stay')
     parser.add_argument('--json', help='write the numbers to this file too')
+    parser.add_argument('--states', action='store_true', help='the speed of an optimizer with moments in bf16')
     parser.add_argument('settings', nargs='*', help='further settings, as trainer.gradient_checkpointing=selective')
     args = parser.parse_args()
+    if args.states: return states('cuda' if args.cuda else 'cpu')
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         for preset in args.preset or ('quickstart', 'small', 'medium'):
