@@ -24,14 +24,20 @@ install() {
         || cannot "apt-get could not install slurm-wlm and munge: $(tail -n 1 "$log")"
 }
 
+alive() { # a daemon of FOLDER, by name
+    pid=$(cat "$1/$2.pid" 2>/dev/null) && [ -n "$pid" ] && case "$(ps -o stat= -p "$pid")" in ""|Z*) false ;; esac
+}
+
 down() {
-    for pid in slurmd slurmctld munged; do
-        [ ! -s "$1/$pid.pid" ] || kill "$(cat "$1/$pid.pid")" 2>/dev/null || true
+    export SLURM_CONF=$1/slurm.conf
+    if timeout 5 scancel --user="$(id -un)" 2>/dev/null; then # first its jobs: they would outlive it
+        for _ in $(seq 200); do [ -n "$(timeout 5 squeue -h -t running,completing 2>/dev/null)" ] || break; sleep .2; done
+    fi
+    for daemon in slurmd slurmctld munged; do
+        ! alive "$1" $daemon || kill "$(cat "$1/$daemon.pid")" 2>/dev/null || true
     done
-    for _ in $(seq 50); do # they save their state first
-        alive=0
-        for pid in slurmd slurmctld munged; do [ -s "$1/$pid.pid" ] && kill -0 "$(cat "$1/$pid.pid")" 2>/dev/null && alive=1; done
-        [ $alive = 1 ] || return 0
+    for _ in $(seq 50); do # they save their state
+        alive "$1" slurmd || alive "$1" slurmctld || alive "$1" munged || return 0
         sleep .1
     done
 }

@@ -61,6 +61,11 @@ def test_a_wrong_option_is_refused(extra, says):
     with pytest.raises(ConfigError, match=says): slurm.further(extra)
 
 
+def test_a_folder_that_is_a_pattern_is_refused(tmp_path, monkeypatch):
+    (tmp_path/'100%j').mkdir(); monkeypatch.chdir(tmp_path/'100%j')
+    with pytest.raises(ConfigError, match='as a pattern'): slurm.script_of(config(), Path('runs/r'), 1)
+
+
 def test_options_of_every_kind():
     assert slurm.further({'exclusive': True, 'requeue': False, 'qos': None, 'gpu_bind': 'none', 'nice': 100}) == ['#SBATCH --exclusive', '#SBATCH --gpu-bind=none', '#SBATCH --nice=100']
     with pytest.raises(ConfigError, match='no time would be left'): slurm.asks(Slurm(time='00:02:00'), 'r', 'log')

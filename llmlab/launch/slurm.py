@@ -43,7 +43,7 @@ def further(
         if decides := _ours.get(str(name).replace('_', '-')): raise ConfigError(f'slurm.extra.{name} is decided by {decides}: set it there.')
     return [line for name, value in extra.items() for line in option(name, value)]
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #0245bf27
+# %% ../../nbs/7_launch/00_slurm.ipynb #b653b270
 def processes(
     s:Slurm, # the section
 )->int: # on each node
@@ -64,9 +64,10 @@ def asks(
     training:bool=True, # needs GPUs and a warning; preparing needs neither
 )->list[str]: # lines of the script
     "What a job asks of Slurm."
+    if '%' in str(log).replace('%a', ''): raise ConfigError(f'{log}: sbatch reads a % in the name of a log as a pattern. Submit from a folder without one.')
     if training and s.signal_seconds >= seconds_of(s.time): raise ConfigError(f'slurm.signal_seconds is {s.signal_seconds}, and slurm.time {s.time} is not longer: no time would be left to train in.')
     cores = s.cpus_per_task and s.cpus_per_task*(processes(s) if training else 1)
-    given = {'job-name': name, 'output': str(log), 'open-mode': 'append', 'chdir': str(Path.cwd()).replace('%', '%%'), 'partition': s.partition, 'time': s.time, 'nodes': s.nodes if training else 1, 'ntasks-per-node': 1,
+    given = {'job-name': name, 'output': str(log), 'open-mode': 'append', 'chdir': str(Path.cwd()), 'partition': s.partition, 'time': s.time, 'nodes': s.nodes if training else 1, 'ntasks-per-node': 1,
              'gpus-per-node': (s.gpus_per_node or None) if training else None, 'cpus-per-task': cores, 'mem': s.mem, 'signal': f'USR1@{s.signal_seconds}' if training else None}
     return [line for name, value in given.items() for line in option(name, value)] + further(s.extra)
 
@@ -84,7 +85,7 @@ def launch(
     meet = '--rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="$SLURM_JOB_ID"'
     return before, f'srun{cores} --wait=120 env --ignore-signal=USR1 torchrun --no-python --nnodes={s.nodes} --nproc_per_node={n} {meet} {command}'
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #ee9897a3
+# %% ../../nbs/7_launch/00_slurm.ipynb #8d648c07
 def _quoted(*words:str|Path)->str: return shlex.join(map(str, words))
 
 def _here()->str:
@@ -102,7 +103,7 @@ def script_of(
     until = ([f'@{number*c.epochs_per_job:g}epochs'] if c.epochs_per_job else []) + ['@$until']
     before, line = launch(s, f'llmlab_{door} --resume {_quoted(run)} --stop-after {",".join(until)}')
     setup = [s.setup.rstrip()] if s.setup else []
-    return '\n'.join(['#!/bin/bash', *asks(s, run.name, str(log_of(run, number).absolute()).replace('%', '%%')), '',
+    return '\n'.join(['#!/bin/bash', *asks(s, run.name, log_of(run, number).absolute()), '',
         f'# Link {number} of {run}. Where training stops: ' + (f'at the end of epoch {number*c.epochs_per_job:g}, or ' if c.epochs_per_job else '') + f'{s.signal_seconds} seconds before the time is up.',
         "trap : TERM USR1 # whatever ends the job: training saves, and the last line notes it",
         f'until=$((${{SLURM_JOB_END_TIME:-$(($(date +%s) + {seconds_of(s.time)}))}} - {s.signal_seconds}))', f'export PATH={_quoted(_here())}:"$PATH"', *setup, *before, 'code=0',
