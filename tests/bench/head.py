@@ -50,6 +50,7 @@ def main()->None:
     p.add_argument('--dtype', default='bf16', choices=('fp32', 'bf16'))
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--json')
+    p.add_argument('--ways', help='only those with one of these words in their names, as plain,ours')
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     g = torch.Generator().manual_seed(0)
@@ -57,9 +58,10 @@ def main()->None:
     w = (torch.randn(a.vocabulary, a.width, generator=g)*a.width**-.5).to(a.device).requires_grad_()
     y = torch.randint(a.vocabulary, (a.tokens,), generator=g).to(a.device)
     with torch.no_grad(): right = sum(F.cross_entropy(x.double()@w.to(h.dtype).double().mT, t, reduction='sum').item() for x, t in zip(h.split(256), y.split(256)))
-    found = {name: [] for name in ways()}
+    chosen = {name: way for name, way in ways().items() if not a.ways or any(word in name for word in a.ways.split(','))}
+    found = {name: [] for name in chosen}
     for i in range(a.rounds+1): # the first one warms up
-        for name, way in ways().items():
+        for name, way in chosen.items():
             try: found[name].append(turn(way, h, w, y, a.device))
             except (RuntimeError, ValueError, TypeError) as e: found[name].append(None); print(f'{name}: {str(e).splitlines()[0][:120]}', file=sys.stderr)
     print(f'torch {torch.__version__}, {torch.cuda.get_device_name() if a.device == "cuda" else f"CPU, {a.threads} threads"}; {a.tokens:,} tokens, C {a.width}, V {a.vocabulary:,}, {a.dtype}; forward and backward, median of {a.rounds}')
