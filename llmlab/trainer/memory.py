@@ -191,7 +191,7 @@ def _watched(ledger:Ledger, gpu:bool)->Iterator[None]:
         with _instead(*swaps): yield
     finally: engines.pop('fused', None)
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #88d8150b
+# %% ../../nbs/4_trainer/042_memory.ipynb #f8cbb21e
 def _fake_batch(rows:int, seq_len:int)->Batch:
     make = lambda dtype: torch.empty(rows, seq_len, dtype=dtype)
     return Batch(make(torch.int64), make(torch.int64), make(torch.float32), make(torch.int64), num_targets=rows*seq_len, place=0)
@@ -224,6 +224,7 @@ def _step(ledger:Ledger, network:nn.Module, objective:Any, optimizer:JointOptimi
     optimizer.zero_grad()
     _own(ledger, optimizer)
 
+# %% ../../nbs/4_trainer/042_memory.ipynb #14953e5d
 def _hollow(network:nn.Module, dtype:torch.dtype)->None:
     "Put a fake tensor in the place of each parameter and buffer; one that is shared stays shared."
     new = {}

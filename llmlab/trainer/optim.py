@@ -149,7 +149,7 @@ def orthogonalise(
         X = plus(X, plus(A, A, A, beta=b, alpha=c), X, beta=a)
     return X.mT if tall else X
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #16decdf3
+# %% ../../nbs/4_trainer/01_optim.ipynb #d7bea5d5
 def _pieces(params:list[Tensor], splits:dict[Tensor, tuple[int, ...]], together:int)->Iterable[list[tuple[Tensor, int, int]]]:
     "Groups of (parameter, first row, rows) whose maps have one shape, turned or not; maps of more than `together` numbers stay alone."
     shapes = {}
@@ -162,7 +162,17 @@ def _pieces(params:list[Tensor], splits:dict[Tensor, tuple[int, ...]], together:
             start += rows
     return shapes.values()
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #b0cca93f
+def _decay(part:Tensor, group:dict, skip:Tensor|None)->Tensor:
+    decay = group['lr']*group['weight_decay']
+    return part.mul_(1-decay if skip is None else 1-decay*(1-skip))
+
+def _keep(buffer:Tensor, state:dict, kept:Tensor, draws:dict)->None:
+    "Round the momentum into its narrow format."
+    state['step'] = state.get('step', torch.zeros(()))+1 # the number of its noise
+    draw = draws.setdefault((kept.device, number := int(state['step'])), _noise_of(number, kept.device))
+    round_randomly(buffer, kept, torch.empty(kept.shape, dtype=torch.int32, device=kept.device).random_(2**16, generator=draw))
+
+# %% ../../nbs/4_trainer/01_optim.ipynb #700e3e63
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised: Muon (Jordan et al. 2024) on stacks of matrices, with splits, at AdamW's step size (Liu et al. 2025)."
     def __init__(self,
@@ -198,16 +208,12 @@ class Muon(torch.optim.Optimizer):
         "Nesterov's look ahead; a doomed gradient is replaced by the buffer, which then stays as it is."
         state = self.state[p]
         if not state: state['momentum_buffer'] = torch.zeros_like(p, dtype=self.state_dtype or p.dtype)
-        narrow = state['momentum_buffer'].dtype != p.dtype
-        if narrow: state['step'] = state.get('step', torch.zeros(()))+1 # the number of its noise
         kept, grad = _local(state['momentum_buffer']), _local(p.grad)
         buffer = kept.to(p.dtype)
         if skip is not None: grad = torch.where(skip.bool(), buffer, grad)
         buffer.lerp_(grad, 1-momentum)
         ahead = grad.lerp(buffer, momentum)
-        if narrow:
-            draw = draws.setdefault((p.device, number := int(state['step'])), _noise_of(number, p.device))
-            round_randomly(buffer, kept, torch.empty(kept.shape, dtype=torch.int32, device=p.device).random_(2**16, generator=draw))
+        if kept.dtype != p.dtype: _keep(buffer, state, kept, draws)
         return gathered(type(p.data)(ahead.to(self.dtype), p.grad._spec, requires_grad=False)) if hasattr(p, 'to_local') else ahead
 
     def _move(self, pieces:list[tuple[Tensor, int, int]], updates:dict[Tensor, Tensor], group:dict, skip:Tensor|None, whole:dict[Tensor, Tensor])->None:
@@ -228,10 +234,6 @@ class Muon(torch.optim.Optimizer):
         for p, state in self.state.items():
             state['momentum_buffer'] = state['momentum_buffer'].to(self.state_dtype or p.dtype)
             if 'step' in state: state['step'] = state['step'].float().cpu()
-
-def _decay(part:Tensor, group:dict, skip:Tensor|None)->Tensor:
-    decay = group['lr']*group['weight_decay']
-    return part.mul_(1-decay if skip is None else 1-decay*(1-skip))
 
 # %% ../../nbs/4_trainer/01_optim.ipynb #4da5bfee
 def muon_splits(
