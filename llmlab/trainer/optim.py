@@ -172,7 +172,7 @@ def _keep(buffer:Tensor, state:dict, kept:Tensor, draws:dict)->None:
     draw = draws.setdefault((kept.device, number := int(state['step'])), _noise_of(number, kept.device))
     round_randomly(buffer, kept, torch.empty(kept.shape, dtype=torch.int32, device=kept.device).random_(2**16, generator=draw))
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #700e3e63
+# %% ../../nbs/4_trainer/01_optim.ipynb #3b425ac1
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised: Muon (Jordan et al. 2024) on stacks of matrices, with splits, at AdamW's step size (Liu et al. 2025)."
     def __init__(self,
@@ -200,9 +200,7 @@ class Muon(torch.optim.Optimizer):
             together = self.together or (2**16 if params and params[0].device.type == 'cpu' else 2**62)
             whole = {p: torch.empty(p.shape, device=p.device) for p in params if hasattr(p, 'to_local')} # moves of matrices that are divided among ranks
             for pieces in _pieces(params, self.splits, together): self._move(pieces, updates, group, skip, whole)
-            for p, move in whole.items():
-                _decay(_local(p), group, skip)
-                _local(p).sub_(_local(own_share(move, p)))
+            for p, move in whole.items(): _decay(_local(p), group, skip).sub_(_local(own_share(move, p)))
 
     def _momentum(self, p:Tensor, momentum:float, skip:Tensor|None, draws:dict)->Tensor: # all of it, on every rank
         "Nesterov's look ahead; a doomed gradient is replaced by the buffer, which then stays as it is."
@@ -225,8 +223,7 @@ class Muon(torch.optim.Optimizer):
             if move.size(0) != rows: move = move.mT
             if p in whole: whole[p][start:start+rows] = move.float()*(size if skip is None else size*(1-skip)); continue
             part = _decay(p[start:start+rows], group, skip)
-            if skip is None: part.add_(move, alpha=-size)
-            else: part.sub_(move.to(p.dtype)*(size*(1-skip)))
+            part.add_(move, alpha=-size) if skip is None else part.sub_(move.to(p.dtype)*(size*(1-skip)))
 
     def load_state_dict(self, state_dict:dict)->None:
         "Take over the momentum, in the format that it has here."
