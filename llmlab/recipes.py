@@ -220,7 +220,7 @@ def prepare_examples(
     kept = taught.folder/'tokenizer.json' if taught.folder else tokenizer.save(Path(cfg.finetune.folder)/'tokenizers'/tokenizer.fingerprint[:8])
     return Prepared(None, tokenizer, taught.train, taught.validation, kept, taught.template.description if taught.template else None), taught
 
-# %% ../nbs/80_recipes.ipynb #d8b9666d
+# %% ../nbs/80_recipes.ipynb #b714fb73
 @dataclass
 class Parts:
     "The parts of a training run, ready to fit."
@@ -261,6 +261,7 @@ def build(
     if cfg.model.init and fresh: begin_from(cfg, network, objective, data.tokenizer, say)
     return gather_parts(cfg, machine, data, network, objective, team)
 
+# %% ../nbs/80_recipes.ipynb #34a59c54
 def gather_parts(
     cfg:Config, # sections run, optim, trainer, loader, packing
     machine:Machine, # where everything is

@@ -7,7 +7,7 @@ __all__ = ['MOST_EMPTY', 'MOST_SKIPPED', 'take', 'accumulate', 'Window', 'Emptie
            'Request', 'stop_signals', 'Limit', 'parse_limit', 'Hook', 'every', 'patience', 'Clock', 'training_metrics',
            'machine_errors', 'move', 'count', 'Between', 'fit']
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #ce8ab5cf
+# %% ../../nbs/4_trainer/04_loop.ipynb #e1899f5c
 import contextlib, math, signal, threading, time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
 from torch import Tensor, nn
+from fastcore.basics import patch
 from ..files import ConfigError, LlmlabError, write_whole
 from ..models.objective import LossSum, Objective
 from ..packing.loader import Batch
@@ -409,7 +410,7 @@ def count(
         window.add('loss', loss.sum, batch.num_targets)
         for name, (total, number) in loss.parts.items(): window.add(name, total, number)
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #0a6a1bea
+# %% ../../nbs/4_trainer/04_loop.ipynb #e7772638
 @dataclass
 class Between:
     "What follows a step, and the objects of the run that it needs."
@@ -460,22 +461,26 @@ class Between:
         self.clock.pause_ends()
         return path
 
-    def wait(self)->None:
-        "Go on when what was saved last is on the disk: it may be written in the background."
-        if self.save and hasattr(self.save.do, 'wait'): self.save.do.wait()
+# %% ../../nbs/4_trainer/04_loop.ipynb #384fac02
+@patch
+def wait(self:Between)->None:
+    "Go on when what was saved last is on the disk: it may be written in the background."
+    if self.save and hasattr(self.save.do, 'wait'): self.save.do.wait()
 
-    def over(self)->bool:
-        "Whether the run has made all its steps, or has learned enough."
-        if self.state.global_step >= self.total: return True
-        if why := self.enough(self.state): self.tracker.say(f'Training ends with step {self.state.global_step:,} of {self.total:,}: {why}.')
-        return bool(why)
+@patch
+def over(self:Between)->bool:
+    "Whether the run has made all its steps, or has learned enough."
+    if self.state.global_step >= self.total: return True
+    if why := self.enough(self.state): self.tracker.say(f'Training ends with step {self.state.global_step:,} of {self.total:,}: {why}.')
+    return bool(why)
 
-    def stop(self, why:str)->None:
-        "Write a checkpoint and raise `Stopped`."
-        if self.save: self.tracker.say(f'{why}: step {self.state.global_step:,} is done; saving, then leaving. (Ctrl-C now leaves without saving.)')
-        path = self.write()
-        self.wait()
-        raise Stopped(why, self.state.global_step, path)
+@patch
+def stop(self:Between, why:str)->None:
+    "Write a checkpoint and raise `Stopped`."
+    if self.save: self.tracker.say(f'{why}: step {self.state.global_step:,} is done; saving, then leaving. (Ctrl-C now leaves without saving.)')
+    path = self.write()
+    self.wait()
+    raise Stopped(why, self.state.global_step, path)
 
 # %% ../../nbs/4_trainer/04_loop.ipynb #d68297ed
 def fit(
