@@ -83,7 +83,7 @@ def _settings(config:str|None, overrides:list[str], under:str|None=None):
     from llmlab.config import load_config
     return load_config(config, overrides, say=print, under=under)
 
-# %% ../nbs/90_cli.ipynb #46a65dae
+# %% ../nbs/90_cli.ipynb #80f0c0a3
 def _compare_baseline(config:str|None, overrides:list[str], resume:str|None, stop_after:str|None)->None:
     "Both arms of a comparison, and what came out."
     from llmlab.config import load_config
@@ -114,6 +114,7 @@ def train(
     config:_config=None,
     resume:Param('go on with this run; without a name, with the last one', str, nargs='?', const='last')=None,
     stop_after:Param('stop after so many steps (500) or so long (90s, 15m, 2h), or at the end of an epoch of the run (@2epochs), with a checkpoint (exit code 75)', str)=None,
+    check:Param('say how much memory a step takes, part by part, whether it fits here, and on which GPUs; nothing is prepared or trained', bool)=False,
     compare_baseline:Param('train a model with a memory and the same with full attention, side by side; one table and one picture', bool)=False,
     no_gpu_dataloader:Param('the same as loader.device_prefetch=false', bool)=False,
     verbose:_verbose=False,
@@ -122,6 +123,11 @@ def train(
     "Train a language model: prepare what is missing, train, validate, sample, plot."
     if resume and config: raise LlmlabError('--resume goes on with the settings of the run: leave --config out. Single settings may be changed, as trainer.max_steps=2000.')
     overrides = [*overrides, *(['loader.device_prefetch=false'] if no_gpu_dataloader else [])]
+    if check:
+        if resume: raise LlmlabError('--check looks at settings and not at a run: leave --resume out.')
+        from llmlab.trainer.memory import check_memory
+        check_memory(_settings(config, overrides), world=int(os.environ.get('WORLD_SIZE', 1)))
+        return
     if compare_baseline: return _compare_baseline(config, overrides, resume, stop_after)
     _run_or_resume(config, overrides, resume, stop_after)
 

@@ -11,7 +11,7 @@ __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'tokenizer_folder'
            'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps',
            'fill']
 
-# %% ../nbs/80_recipes.ipynb #b23cbe9f
+# %% ../nbs/80_recipes.ipynb #923fbb36
 import contextlib, fcntl, functools, json, math, os, re, shutil, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +45,7 @@ from .trainer.checkpoint import TrainState, capture, checkpointer, find_checkpoi
 from .trainer.loop import Limit, every, fit, patience
 from .trainer.machine import Machine, choose_device, set_up
 from .trainer.parallel import Team, arrange, join, leave, one_first, share_of, told
+from .trainer.memory import explain_oom
 from .trainer.optim import Ema, build_optimizer, rate_along, total_steps, warmup_steps
 from .trainer.plots import plot_run
 from .trainer.runs import checkpoint_of, create, environment, find_run, names_of
@@ -477,7 +478,7 @@ def pretrain(
         parts = build(cfg, say, machine, team, fresh=not (resume and latest(resume/'checkpoints', lambda line: None)))
         return carry_out(cfg, parts, resume=resume, limit=limit, screen=screen, say=say, start=start)
 
-# %% ../nbs/80_recipes.ipynb #d6466f8a
+# %% ../nbs/80_recipes.ipynb #65f9260f
 def settle_limit(
     cfg:Config, # the section trainer
     parts:Parts, # standing where the run goes on
@@ -534,7 +535,7 @@ def carry_out(
             accumulation=parts.micro, clip=cfg.optim.grad_clip, machine=parts.machine, scaler=parts.scaler, generator=parts.generator, state=state, ema=parts.ema,
             hooks=[every(cfg.trainer.eval_interval, validator(cfg, parts, tracker))], save=checkpointer(folder/'checkpoints', gather, cfg.trainer.keep_last, [parts.data.tokenizer_file], in_background(cfg, parts), team),
             save_every=cfg.trainer.save_interval, log_every=cfg.trainer.log_interval, tracker=tracker, limit=limit, flops_per_token=work_of(parts.network, cfg.packing.seq_len), folder=folder, enough=patience(cfg.trainer.patience, cfg.trainer.eval_interval),
-            check_groups=bool(cfg.finetune.init), team=team, loss=parts.loss)
+            check_groups=bool(cfg.finetune.init), team=team, loss=parts.loss, advice=functools.partial(explain_oom, cfg, parts.machine.device.type, world=team.world, vocab_size=parts.data.tokenizer.vocab_size, cache_rows=parts.data.train.num_rows))
     parts.loader.close()
     return summary(folder, state, parts, time.monotonic()-start, _validated_rows(cfg, state))
 

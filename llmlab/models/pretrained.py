@@ -83,7 +83,7 @@ def places(
     first = F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
     return index-torch.where(first, index, 0).cummax(1).values
 
-# %% ../../nbs/3_models/074_pretrained.ipynb #05341908
+# %% ../../nbs/3_models/074_pretrained.ipynb #4d6ee960
 class Pretrained(nn.Module):
     "A model of transformers behind the face of `Transformer`."
     def __init__(self,
@@ -129,6 +129,7 @@ class Pretrained(nn.Module):
     def recompute(self)->str: return self._recompute # none, full
     @recompute.setter
     def recompute(self, how:str)->None:
+        if how not in ('none', 'full'): raise ConfigError(f'trainer.gradient_checkpointing is {how}: a Hugging Face model has none and full.')
         was, self._recompute = self._recompute, how
         if how != was:
             with warnings.catch_warnings():

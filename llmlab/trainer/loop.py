@@ -348,7 +348,7 @@ def training_metrics(
     if speed is not None and flops is not None: metrics['train/mfu'] = speed*flops
     return metrics
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #18f2a093
+# %% ../../nbs/4_trainer/04_loop.ipynb #92036859
 @contextlib.contextmanager
 def machine_errors(
     advice:Callable[[], str]|None=None, # what could be done about too little memory, and what each would save
@@ -360,7 +360,7 @@ def machine_errors(
         if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
             remedy = advice() if advice else ('Halve trainer.batch_size and double trainer.gradient_accumulation_steps (the same training), '
                                               'or set trainer.gradient_checkpointing=full, or take a shorter packing.seq_len.')
-            raise LlmlabError(f'not enough memory: {text.splitlines()[0][:200]} {remedy}') from e
+            raise LlmlabError(f'not enough memory: {text.splitlines()[0][:200]}\n{remedy}') from e
         if 'does not have a deterministic implementation' in text:
             raise LlmlabError(f'{text.split(" does not have")[0]} has no deterministic form on this device. Set run.deterministic=false to train without the guarantee of equal bits.') from e
         raise
