@@ -481,7 +481,17 @@ def _bench_samplers(run:str, judge:str|None, rows:int, tokens:int, rounds:int|No
     print(samplers_table(result), end='\n\n', flush=True)
     return result
 
-# %% ../nbs/90_cli.ipynb #b15cd694
+# %% ../nbs/90_cli.ipynb #3ae39e10
+def _bench_settings(config:str, rounds:int|None, precision:str, device:str, threads:int|None, out:str|None)->None:
+    "One setting at a time."
+    from llmlab.eval.speed import bench_settings, settings_table
+    from llmlab.files import write_json
+    given = {'precision': precision, 'device': device, 'threads': threads}
+    cfg = _settings(config, [f'run.{k}={v}' for k, v in given.items() if v not in (None, 'auto')]+['run.deterministic=false'])
+    result = bench_settings(cfg, **({'rounds': rounds} if rounds else {}), say=print)
+    print('', settings_table(result), sep='\n')
+    if out: write_json(out, [result])
+
 @door
 def bench(
     what:Param('what to measure; all: what needs no checkpoint', str, opt=False, nargs='?', choices=('train', 'loader', 'generate', 'samplers', 'all'))='all',
@@ -490,6 +500,7 @@ def bench(
     precision:Param('auto, fp32, bf16 or fp16', str)='auto',
     device:Param('auto, cpu, cuda', str)='auto',
     threads:Param('CPU threads', int)=None,
+    config:Param('train: instead of the peer, the settings of this file or preset, and each of them on and off', str)=None,
     run:Param('samplers: a run of the family diffusion or sdd, a run folder or a checkpoint; without it, the last run', str)=None,
     judge:Param('samplers: a run of the family ar that says how likely the text is', str)=None,
     rows:Param('samplers: texts to write (64)', int)=None,
@@ -503,6 +514,9 @@ def bench(
     from llmlab.eval.speed import bench as measure, bench_machine, table
     from llmlab.files import write_json
     if what != 'samplers' and (wrong := [k for k, v in (('run', run), ('judge', judge), ('rows', rows), ('tokens', tokens)) if v is not None]): raise ConfigError(f'--{" --".join(wrong)}: only for llmlab_bench samplers.')
+    if config:
+        if what != 'train': raise ConfigError(f'--config is for llmlab_bench train: what {what} measures does not depend on it.')
+        return _bench_settings(config, rounds, precision, device, threads, out)
     results = []
     if what == 'samplers': results.append(_bench_samplers(run or 'last', judge, 64 if rows is None else rows, 63 if tokens is None else tokens, rounds, bench_machine(device, precision, threads), runs))
     for one in ('train', 'loader', 'generate') if what == 'all' else () if what == 'samplers' else (what,):

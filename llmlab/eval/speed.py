@@ -4,29 +4,32 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'Race', 'interleave', 'products', 'copies', 'report', 'table', 'Size', 'about_machine', 'bench_machine',
-           'random_batch', 'training_step', 'llama_loss', 'loss_gap', 'bench_train', 'greedy', 'llama_greedy',
-           'bench_generate', 'raw_batches', 'raw_file', 'one_thread', 'bench_loader', 'some_cache', 'bench']
+           'random_batch', 'training_step', 'stepper', 'llama_loss', 'loss_gap', 'bench_train', 'greedy',
+           'llama_greedy', 'bench_generate', 'raw_batches', 'raw_file', 'one_thread', 'bench_loader', 'some_cache',
+           'rows_of_documents', 'variants', 'bench_settings', 'load_overrides', 'settings_table', 'bench']
 
-# %% ../../nbs/5_eval/02_speed.ipynb #ceb60de1
+# %% ../../nbs/5_eval/02_speed.ipynb #7cc9d576
 import contextlib, functools, math, statistics, tempfile, time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor, nn
-from ..config import Data, Model, Optim, Packing, Run, Tokenizer
+from ..config import Config, Data, Model, Optim, Packing, Run, Tokenizer, load_config
 from ..data.corpora import open_corpus
 from ..data.tokenizer import build_tokenizer
-from ..files import ConfigError, whole_file
+from ..files import ConfigError, LlmlabError, whole_file
 from ..models.ar import AR
 from ..models.objective import LossSum, Objective
+from ..models.attention import candidates
 from ..models.transformer import Shape, build, flops_per_token
-from ..models.zoo import shape_of, to_llama
+from ..models.zoo import build_model, shape_of, to_llama
 from ..packing.cache import Cache, build_cache
 from ..packing.loader import Batch, Loader
 from ..trainer.loop import accumulate
-from ..trainer.machine import Machine, set_up
-from ..trainer.optim import build_optimizer, clip_gradients
+from ..trainer.machine import Machine, matmul_peak, set_up
+from ..trainer.optim import JointOptimizer, build_optimizer, clip_gradients
+from ..trainer.parallel import arrange
 
 # %% ../../nbs/5_eval/02_speed.ipynb #c2a7d9d1
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def bench_machine(
     "What to measure on: chosen as training would, but free to use kernels whose results change from run to run, as the peers do."
     return set_up(Run(device=device, precision=precision, threads=threads, compile=False, deterministic=False), None)
 
-# %% ../../nbs/5_eval/02_speed.ipynb #7dcc35c8
+# %% ../../nbs/5_eval/02_speed.ipynb #24ec325f
 def random_batch(size:Size, device:torch.device|str='cpu')->Batch:
     "Rows of random tokens, one document each, every target counts."
     rows = torch.randint(size.vocab_size, (size.batch_rows, size.seq_len+1), generator=torch.Generator().manual_seed(0))
@@ -173,7 +176,16 @@ def training_step(
     machine:Machine, # format of the products
 )->Callable[[], float]: # makes one step; gives its tokens
     "A whole optimizer step as a contestant."
-    optimizer = build_optimizer(network, Optim(), machine.device)
+    return stepper(network, loss_of, build_optimizer(network, Optim(), machine.device), batch, machine)
+
+def stepper(
+    network:nn.Module, # learns
+    loss_of:Callable, # (network, batch, generator) -> LossSum
+    optimizer:JointOptimizer, # of the network
+    batch:Batch, # the same one every time
+    machine:Machine, # format of the products
+)->Callable[[], float]: # makes one step; gives its tokens
+    "A whole optimizer step."
     network.train()
     def step()->float:
         accumulate(loss_of, network, [batch], machine)
@@ -325,6 +337,100 @@ def some_cache(room:str|Path, seq_len:int, documents:int)->Cache:
     corpus = open_corpus(Data(name='python', max_documents=documents, validation_fraction=0))
     tokenizer = build_tokenizer(Tokenizer(kind='bpe', vocab_size=8192, train_megabytes=4), corpus)
     return build_cache(corpus, tokenizer, Packing(seq_len=seq_len, chunk_rows=1024, folder=str(room)))
+
+# %% ../../nbs/5_eval/02_speed.ipynb #3a83e7a1
+def rows_of_documents(
+    rows:int, # B
+    seq_len:int, # T
+    vocab_size:int, # V
+    device:torch.device|str='cpu',
+)->Batch:
+    "Random tokens, three documents in a row."
+    tokens = torch.randint(vocab_size-8, (rows, seq_len+1), generator=torch.Generator().manual_seed(0))
+    document = (torch.arange(seq_len)*3//seq_len).repeat(rows, 1)
+    weights = torch.ones(rows, seq_len)
+    weights[:, :-1] = (document[:, 1:] == document[:, :-1]).float()
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, document, place=0).to(device)
+
+def variants(
+    cfg:Config, # as it is
+    device:torch.device, # whose engines are tried
+)->dict[str, list[str]]: # name -> settings that differ
+    "The config, and one setting changed at a time."
+    out, d = {'as set': []}, cfg.model_dump()
+    def add(key:str, values:tuple)->None:
+        section, name = key.split('.')
+        out.update({f'{key}={v}': [f'{key}={v}'] for v in values if v != str(d[section][name]).lower()})
+    add('run.compile', ('true', 'false'))
+    add('run.precision', ('fp32', 'bf16'))
+    add('trainer.gradient_checkpointing', ('none', 'selective', 'full'))
+    add('optim.name', ('adamw', 'muon'))
+    add('optim.fused', ('false',))
+    add('optim.state_dtype', ('fp32', 'bf16'))
+    if cfg.model.attention == 'full' and cfg.model.architecture == 'ar': add('model.backend', candidates(device.type, cfg.packing.seq_len))
+    return out
+
+# %% ../../nbs/5_eval/02_speed.ipynb #b4888ba7
+def _steps(cfg:Config, batch:Batch, vocab_size:int, rounds:int)->tuple[float, float, float|None, str]: # seconds of a step, seconds of the first, GB, format
+    "The median of some whole steps of a config, after two that are not timed."
+    machine = set_up(cfg.run, None)
+    gpu = machine.device.type == 'cuda'
+    if gpu: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(machine.device)
+    network, objective = build_model(cfg, vocab_size, machine.device, machine.dtype, lambda line: None)
+    loss_of, optimizer = arrange(network, objective, machine), build_optimizer(network, cfg.optim, machine.device, machine.dtype)
+    step, seconds = stepper(network, loss_of, optimizer, batch.to(machine.device), machine), []
+    for _ in range(rounds+2):
+        t = time.perf_counter(); step()
+        seconds.append(time.perf_counter()-t)
+    return statistics.median(seconds[2:]), seconds[0], torch.cuda.max_memory_allocated(machine.device)/1e9 if gpu else None, str(machine.dtype).removeprefix('torch.')
+
+def bench_settings(
+    cfg:Config, # the settings to begin with
+    *,
+    rounds:int=10, # timed steps of each variant
+    names:Sequence[str]|None=None, # which of `variants`; None: all
+    vocab_size:int|None=None, # None: as the settings say
+    say:Callable[[str], None]=lambda line: None, # told each line as it is measured
+)->dict: # JSON, for `settings_table`
+    "Whole training steps with the settings of a config, and with one of them changed at a time. What does not fit or does not work is named as such."
+    device = set_up(cfg.run, None).device
+    V, rows = vocab_size or cfg.tokenizer.vocab_size, []
+    batch, work = rows_of_documents(cfg.trainer.batch_size, cfg.packing.seq_len, V), None
+    for name, changes in variants(cfg, device).items():
+        if names is not None and name not in names: continue
+        one = Config.model_validate(load_overrides(cfg, changes))
+        try: seconds, first, gb, dtype = _steps(one, batch, V, rounds)
+        except (RuntimeError, LlmlabError) as e:
+            rows.append({'name': name, 'failed': 'does not fit' if isinstance(e, torch.OutOfMemoryError) else str(e).splitlines()[0][:100]})
+            say(f'{name}: {rows[-1]["failed"]}'); continue
+        speed, peak = batch.tokens.numel()/seconds, matmul_peak(device, getattr(torch, dtype))
+        flops = flops_per_token(shape_of(one.model, V, one.packing.seq_len), one.packing.seq_len)
+        rows.append({'name': name, 'tokens_per_sec': speed, 'ratio': speed/rows[0]['tokens_per_sec'] if rows and 'tokens_per_sec' in rows[0] else 1., 'utilisation': speed*flops/peak, 'memory_gb': gb, 'first_step_s': first, 'dtype': dtype})
+        say(f'{name}: {speed:,.0f} tokens/s')
+    about = {'network': f'{cfg.model.size}, {cfg.model.architecture}', 'rows': f'{cfg.trainer.batch_size} x {cfg.packing.seq_len} tokens, three documents each', 'machine': about_machine(set_up(cfg.run, None)), 'rounds': rounds}
+    return {'what': 'one setting at a time', 'rows': rows, 'about': about}
+
+def load_overrides(
+    cfg:Config, # as it is
+    changes:list[str], # key=value
+)->dict: # nested values
+    "A config with some settings changed, as plain values."
+    d = cfg.to_dict()
+    for change in changes:
+        key, _, value = change.partition('=')
+        section, name = key.split('.')
+        d[section][name] = {'true': True, 'false': False}.get(value, value)
+    return d
+
+def settings_table(
+    result:dict, # from `bench_settings`
+)->str: # Markdown
+    "The measurement as a table to read."
+    lines = ['| setting | tokens/s | x as set | of the peak of matrix products | GB | first step, s | format |', '|---|---:|---:|---:|---:|---:|---|']
+    for r in result['rows']:
+        if 'failed' in r: lines.append(f'| {r["name"]} | {r["failed"]} | | | | | |'); continue
+        lines.append(f'| {r["name"]} | {r["tokens_per_sec"]:,.0f} | {r["ratio"]:.2f} | {r["utilisation"]:.0%} | {"" if r["memory_gb"] is None else format(r["memory_gb"], ".1f")} | {r["first_step_s"]:.1f} | {r["dtype"]} |')
+    return '\n'.join([*lines, '', *(f'- {k}: {v}' for k, v in result['about'].items())])
 
 # %% ../../nbs/5_eval/02_speed.ipynb #e77d98e3
 BENCHES:dict[str, Callable] = {'train': bench_train, 'loader': bench_loader, 'generate': bench_generate}
