@@ -5,7 +5,7 @@ import pytest
 from safetensors.torch import load_file
 from conftest import command, root
 from llmlab.config import Slurm, load_config
-from llmlab.files import ConfigError, read_jsonl, write_json
+from llmlab.files import ConfigError, LlmlabError, read_jsonl, write_json
 from llmlab.launch import slurm
 from llmlab.recipes import prepare
 
@@ -69,6 +69,29 @@ def test_a_folder_that_is_a_pattern_is_refused(tmp_path, monkeypatch):
 def test_options_of_every_kind():
     assert slurm.further({'exclusive': True, 'requeue': False, 'qos': None, 'gpu_bind': 'none', 'nice': 100}) == ['#SBATCH --exclusive', '#SBATCH --gpu-bind=none', '#SBATCH --nice=100']
     with pytest.raises(ConfigError, match='no time would be left'): slurm.asks(Slurm(time='00:02:00'), 'r', 'log')
+
+
+@pytest.mark.parametrize('settings, says', [(['slurm.gpus_per_node=3', 'trainer.batch_size=32', 'parallel.strategy=none'], 'on each. 3 processes were started'), (['slurm.gpus_per_node=3', 'trainer.batch_size=32'], '3 ranks cannot divide'),
+    (['slurm.gpus_per_node=4', 'trainer.batch_size=32', 'parallel.strategy=hsdp', 'parallel.shard_size=3'], 'groups of 3')])
+def test_ranks_that_do_not_fit_are_refused(settings, says):
+    with pytest.raises(ConfigError, match=says): slurm.settle(config(*settings))
+    with pytest.raises(ConfigError, match=says): slurm.dry_run(config(*settings))
+
+
+@pytest.mark.parametrize('setup, name', [('export WANDB_API_KEY=s3cr', 'WANDB_API_KEY'), ('module load cuda\nHF_TOKEN="s3cr" ; x', 'HF_TOKEN'), ('hf_token=s3cr', 'hf_token'), ('export A=1 AWS_SECRET_ACCESS_KEY=s3cr', 'AWS_SECRET_ACCESS_KEY'),
+    ('declare -x db_password=s3cr', 'db_password'), ('hf auth login --token s3cr', '--token'), ('x --api-key=s3cr', '--api-key')])
+def test_a_secret_is_refused_and_not_shown(setup, name):
+    cfg = config()
+    cfg.slurm.setup = setup
+    with pytest.raises(ConfigError, match=f'setup sets {name},') as refused: slurm.settle(cfg)
+    assert 's3cr' not in str(refused.value) and 'source ~/.keys' in str(refused.value)
+
+
+@pytest.mark.parametrize('setup', [None, 'export TOKENIZERS_PARALLELISM=false HF_TOKEN_PATH=~/.t', 'source ~/.keys # my token', 'test "$HF_TOKEN" || exit 1', 'unset WANDB_API_KEY', 'max_tokens_here=3'])
+def test_what_is_no_secret_is_let_through(setup):
+    cfg = config()
+    cfg.slurm.setup = setup
+    slurm.settle(cfg)
 
 
 # ---- records, without Slurm
@@ -144,6 +167,42 @@ def test_exit_codes(mode, codes, tmp_path, no_slurm):
     checkpoint(run, 6)
     assert slurm.end(run, 2, 1) == codes[1]
     assert bool(slurm.read_chain(run).stopped) == (mode == 'afterok')
+
+
+def answers(monkeypatch, taken:int)->list[tuple]:
+    "A Slurm that takes so many jobs, then refuses. What it was told is in the list."
+    told = []
+    def ask(*words):
+        told.append(words)
+        jobs = sum(w[0] == 'sbatch' for w in told)
+        refused = words[0] == 'sbatch' and jobs > taken
+        return subprocess.CompletedProcess(words, int(refused), '' if refused or words[0] != 'sbatch' else f'{900+jobs}\n', 'invalid partition' if refused else '')
+    monkeypatch.setattr(slurm, '_ask', ask)
+    monkeypatch.setattr(slurm, 'need_slurm', lambda: None)
+    return told
+
+
+def everything(folder:Path)->dict: return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob('*')}
+
+
+@pytest.mark.parametrize('by_hand', [False, True], ids=['a chain', 'begun by hand'])
+@pytest.mark.parametrize('settings, says', [(['slurm.time=00:01:00'], 'no time would be left'), (['slurm.gpus_per_node=3'], '3 ranks cannot divide'), (['slurm.setup=HF_TOKEN=x'], 'sets HF_TOKEN'), (['slurm.extra={q: x}'], 'long name'),
+    (['slurm.partition=nope', 'chain.total_jobs=3', 'chain.mode=afterok'], 'invalid partition')])
+def test_a_refused_submission_changes_nothing(settings, says, by_hand, tmp_path, monkeypatch):
+    run = tmp_path/'r'
+    config('slurm.gpus_per_node=0', 'trainer.batch_size=32').save(run/'config.yaml')
+    write_json(run/'status.json', {'state': 'done', 'time': time.time(), 'total_steps': 40})
+    if not by_hand:
+        chain(run, ('began', 1, 0), ('ended', 1, 0, 1), ('began', 2, 0), ('ended', 2, 0, 1))
+        slurm.note(run, 'stopped', why='the disk is on fire')
+    before, told = everything(run), answers(monkeypatch, taken=1)
+    with pytest.raises(LlmlabError, match=says): slurm.resubmit('r', settings, tmp_path, say=lambda line: None)
+    assert everything(run) == before
+    assert [w for w in told if w[0] == 'scancel'] == ([('scancel', '--quiet', '901')] if 'slurm.partition=nope' in settings else [])
+    answers(monkeypatch, taken=2)
+    slurm.resubmit('r', ['chain.total_jobs=2'], tmp_path, say=lambda line: None)
+    now = slurm.read_chain(run)
+    assert now.jobs[-2:] == ['901', '902'] and not now.stopped and not now.done and load_config(run/'config.yaml').chain.total_jobs == 2 and slurm.stuck(now) is None
 
 
 def test_the_door_without_slurm(llmlab, tmp_path):
