@@ -83,7 +83,7 @@ def _settings(config:str|None, overrides:list[str], under:str|None=None):
     from llmlab.config import load_config
     return load_config(config, overrides, say=print, under=under)
 
-# %% ../nbs/90_cli.ipynb #80f0c0a3
+# %% ../nbs/90_cli.ipynb #d31c1c64
 def _compare_baseline(config:str|None, overrides:list[str], resume:str|None, stop_after:str|None)->None:
     "Both arms of a comparison, and what came out."
     from llmlab.config import load_config
@@ -124,9 +124,10 @@ def train(
     if resume and config: raise LlmlabError('--resume goes on with the settings of the run: leave --config out. Single settings may be changed, as trainer.max_steps=2000.')
     overrides = [*overrides, *(['loader.device_prefetch=false'] if no_gpu_dataloader else [])]
     if check:
-        if resume: raise LlmlabError('--check looks at settings and not at a run: leave --resume out.')
+        if wrong := [o for o, given in (('--resume', resume), ('--stop-after', stop_after), ('--compare-baseline', compare_baseline)) if given]: raise LlmlabError(f'--check looks at settings and trains nothing: leave {" and ".join(wrong)} out.')
         from llmlab.trainer.memory import check_memory
-        check_memory(_settings(config, overrides), world=int(os.environ.get('WORLD_SIZE', 1)))
+        rank, world = (int(os.environ.get(k, v)) for k, v in (('RANK', 0), ('WORLD_SIZE', 1)))
+        check_memory(_settings(config, overrides), say=print if rank == 0 else lambda line: None, world=world)
         return
     if compare_baseline: return _compare_baseline(config, overrides, resume, stop_after)
     _run_or_resume(config, overrides, resume, stop_after)

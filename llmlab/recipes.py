@@ -11,7 +11,7 @@ __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'tokenizer_folder'
            'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps',
            'fill']
 
-# %% ../nbs/80_recipes.ipynb #923fbb36
+# %% ../nbs/80_recipes.ipynb #a11024c9
 import contextlib, fcntl, functools, json, math, os, re, shutil, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,7 +44,7 @@ from .packing.packer import Packed
 from .trainer.checkpoint import TrainState, capture, checkpointer, find_checkpoint, latest, load_checkpoint, restore, rewind, start_from
 from .trainer.loop import Limit, every, fit, patience
 from .trainer.machine import Machine, choose_device, set_up
-from .trainer.parallel import Team, arrange, join, leave, one_first, share_of, told
+from .trainer.parallel import Team, arrange, join, leave, one_first, share_of, strategy_of, told
 from .trainer.memory import explain_oom
 from .trainer.optim import Ema, build_optimizer, rate_along, total_steps, warmup_steps
 from .trainer.plots import plot_run
@@ -262,7 +262,7 @@ def build(
     if cfg.model.init and fresh: begin_from(cfg, network, objective, data.tokenizer, say)
     return gather_parts(cfg, machine, data, network, objective, team)
 
-# %% ../nbs/80_recipes.ipynb #34a59c54
+# %% ../nbs/80_recipes.ipynb #d6900050
 def gather_parts(
     cfg:Config, # sections run, optim, trainer, loader, packing
     machine:Machine, # where everything is
@@ -289,7 +289,7 @@ def all_ranks(
     if int(os.environ.get('RANK', 0)): say = lambda line: None
     machine = set_up(cfg.run, say)
     team = join(cfg.parallel, machine.device)
-    if team.world > 1: say(f'{team.world} ranks, {cfg.parallel.strategy}' + (f' over a mesh of {" x ".join(map(str, team.mesh.shape))}' if team.mesh is not None else '') + ': each takes {1} micro-batch{2} of {0} rows of a step'.format(*share_of(cfg.trainer, team.world), 'es'*(share_of(cfg.trainer, team.world)[1] > 1)))
+    if team.world > 1: say(f'{team.world} ranks, {strategy_of(cfg.parallel, team.world)}' + (f' over a mesh of {" x ".join(map(str, team.mesh.shape))}' if team.mesh is not None else '') + ': each takes {1} micro-batch{2} of {0} rows of a step'.format(*share_of(cfg.trainer, team.world), 'es'*(share_of(cfg.trainer, team.world)[1] > 1)))
     try: yield machine, team, say
     except Stopped: leave(team); raise
     leave(team) # (after an error the process ends; a network that has lost somebody is not asked to say goodbye)
@@ -478,7 +478,7 @@ def pretrain(
         parts = build(cfg, say, machine, team, fresh=not (resume and latest(resume/'checkpoints', lambda line: None)))
         return carry_out(cfg, parts, resume=resume, limit=limit, screen=screen, say=say, start=start)
 
-# %% ../nbs/80_recipes.ipynb #65f9260f
+# %% ../nbs/80_recipes.ipynb #a18b16b6
 def settle_limit(
     cfg:Config, # the section trainer
     parts:Parts, # standing where the run goes on
@@ -527,7 +527,7 @@ def carry_out(
     limit = settle_limit(cfg, parts, limit)
     check_gates(cfg, state, say)
     told(team, lambda: write_down(cfg, folder))
-    with (open_tracker(folder, cfg.tracking, folder.name, (checkpoint or {}).get('tracker_ids'), state.global_step if resume else None, parts.steps, cfg.to_dict(), screen, say)
+    with (open_tracker(folder, cfg.tracking, folder.name, (checkpoint or {}).get('tracker_ids'), state.global_step if resume else None, parts.steps, {k: v for k, v in cfg.to_dict().items() if k not in ('slurm', 'chain')}, screen, say) # (how a cluster is asked is nobody else's business)
           if team.first else contextlib.nullcontext(Tracker(say=say))) as tracker:
         gather = functools.partial(capture, **parts.stateful(), model_config=parts.network.shape.to_dict(), train_config=cfg.to_dict(), architecture=parts.objective.name,
                                    cache_info=parts.data.train.info(), tracker_ids=tracker.ids(), **({'template': parts.data.template} if parts.data.template else {}))

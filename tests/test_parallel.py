@@ -135,3 +135,14 @@ def test_a_mistake_is_said_once(tmp_path):
     (tmp_path/'runs/taken/config.yaml').write_text('run: {name: taken}\n')
     _, err = finished(train(tmp_path, '--config', 'tiny_test', 'run.name=taken', ranks=2), 1)
     assert err.count('the run runs/taken is there already') == 1, err
+
+
+@pytest.mark.proof
+def test_ranks_call_a_divided_network_equally_often(tmp_path):
+    "Where they did not they waited for each other: a short last batch of validation, and passes of SDD after a resume with other batches."
+    finished(train(tmp_path, '--config', 'tiny_test', 'run.name=memory', 'parallel.strategy=fsdp', 'parallel.timeout_minutes=0.5', 'model.attention=infini', 'model.infini.segment_len=16', 'data.validation_fraction=0.5',
+                   'trainer.eval_rows=75', 'trainer.max_steps=2', 'trainer.eval_interval=2', 'trainer.sample_tokens=0', ranks=2))
+    sdd = ['--config', 'tiny_test', 'run.name=sdd', 'model.architecture=sdd', 'parallel.strategy=fsdp', 'parallel.timeout_minutes=0.5', 'trainer.max_steps=12', 'trainer.eval_interval=6', 'trainer.eval_rows=61',
+           'trainer.sample_tokens=0', 'model.sdd.feedback_warmup_steps=0', 'model.sdd.feedback_prob=0.5']
+    finished(train(tmp_path, *sdd, '--stop-after', '3', ranks=2), 1) # torchrun has 1 for every end but 0
+    finished(train(tmp_path, '--resume', 'sdd', 'trainer.batch_size=16', ranks=2))

@@ -29,22 +29,22 @@ from ..trainer.checkpoint import find_checkpoint, load_checkpoint, load_weights,
 from ..trainer.machine import Machine
 from ..trainer.parallel import Team, divided
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #f2a48118
+# %% ../../nbs/5_eval/01_evaluate.ipynb #9382f614
 @contextlib.contextmanager
 def looking(network:nn.Module)->Iterator[nn.Module]:
     "The network in evaluation mode without gradients, within the block."
-    was, fast = network.training, getattr(network, '_compiled_call_impl', None) # a compiled network is for the shapes of training
+    was, fast = network.training, {m: call for m in network.modules() if (call := getattr(m, '_compiled_call_impl', None)) is not None} # what is compiled is for the shapes of training
     network.eval()
-    if fast is not None: network._compiled_call_impl = None
+    for m in fast: m._compiled_call_impl = None
     if hasattr(network, 'unshard'): network.unshard() # divided among ranks: tables and head are gathered for the block
     try:
         with torch.no_grad(): yield network
     finally:
         if hasattr(network, 'reshard'): network.reshard()
         network.train(was)
-        if fast is not None: network._compiled_call_impl = fast
+        for m, call in fast.items(): m._compiled_call_impl = call
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #257822b2
+# %% ../../nbs/5_eval/01_evaluate.ipynb #6c041e7b
 class Scores(NamedTuple):
     "What some rows cost."
     nats:np.ndarray      # [R] float64: sum over the targets of a row
@@ -83,10 +83,13 @@ def score(
     "Score rows. Does not wait for the device until the end. Raises `DataError` if there are none, `LlmlabError` if a loss is not finite."
     generator = generator or torch.Generator(machine.device).manual_seed(0)
     lengths = None if token_bytes is None else torch.as_tensor(token_bytes, device=machine.device)
-    parts, probed = {}, {}
+    parts, probed, sizes = {}, {}, []
+    def counted()->Iterator[Batch]:
+        for batch in batches: sizes.append(len(batch.tokens)); yield batch
     with looking(network), machine.autocast():
-        for number, batch, counts in divided(batches, team):
-            found, look = _one(network, objective, batch := batch.to(machine.device), lengths, generator, draws), (number-number%team.world)*len(batch.tokens) < PROBED
+        for number, batch, counts in divided(counted(), team):
+            found = _one(network, objective, batch := batch.to(machine.device), lengths, generator, draws)
+            look = sum(sizes[:number-number%team.world]) < PROBED # rows before this round: the same on every rank, which must all look or none
             for k, (total, n) in (objective.probe(network, batch) if look else {}).items():
                 if counts: probed[k] = [a+b for a, b in zip(probed.get(k, (0., 0.)), (float(total), float(n)))]
             if counts: parts[number] = [x if x is None else x.cpu().double() for x in found] if team.world > 1 else found

@@ -471,7 +471,7 @@ def write(
         if stop_id is not None: done = done | ((z == stop_id) & active).any(1)
     return z
 
-# %% ../../nbs/3_models/06_diffusion.ipynb #7ddfbc6a
+# %% ../../nbs/3_models/06_diffusion.ipynb #6e259835
 @torch.no_grad()
 def path_scores(
     read:Reader, # made for this canvas
@@ -485,7 +485,6 @@ def path_scores(
     read.begin(canvas.tokens.masked_fill(canvas.hideable, mask_id), canvas.hideable)
     for i in range(steps, 0, -1):
         hidden = canvas.hideable & (noise < i/steps)
-        if not hidden.any(): continue
         p = read(torch.where(hidden, mask_id, canvas.tokens), hidden).log_softmax(-1)
         cost = -p.gather(1, canvas.tokens[hidden][:, None])[:, 0]
         nats = nats + torch.zeros_like(noise).masked_scatter(hidden, cost).sum(1)/i # (1/T)/(i/T)

@@ -179,7 +179,7 @@ def form_belief(
             state = believe(tuple(scores(network, piece, ban) for piece in pieces), hidden, k)
     return state
 
-# %% ../../nbs/3_models/07_sdd.ipynb #c363cc5b
+# %% ../../nbs/3_models/07_sdd.ipynb #7fd342d1
 def divergence(
     network:Transformer, # its head is used
     wanted:Tensor, # [n, C] vectors that know more
@@ -197,11 +197,11 @@ def sdd_loss(
     network:Transformer, # with its `extras`
     canvas:Canvas, # clean rows
     keys:Tensor, # [B] int64: which masks
-    place:int, # of the batch in the run
+    step:int, # optimizer steps done
     count:int, # targets
 )->LossSum:
     "The loss of hidden tokens, with a belief in some batches, and what was asked for besides."
-    s, d, ban, step, content = o.settings, o.diffusion, never(o.special, canvas.tokens), place//o.rows_per_step, canvas.hideable
+    s, d, ban, content = o.settings, o.diffusion, never(o.special, canvas.tokens), canvas.hideable
     if s.ignore_weight: canvas, padding = with_ignored(canvas, o.special['IGNORE'])
     k, number = k_at(s, step), lambda x: torch.tensor(float(x), device=keys.device)
     hidden, bound = hide_by_time(canvas, keys, d, o.seed)
@@ -248,7 +248,7 @@ def probe(
     p = read.state.probs[hidden] if read.k else torch.zeros(len(hidden), 1)
     return {'carry_gap': (carry-none, count), 'feedback_gain': (once-twice, count), 'topk_mass': (p.sum(), len(p)), 'belief_entropy': (torch.special.entr(p).sum(), len(p))}
 
-# %% ../../nbs/3_models/07_sdd.ipynb #70fe269d
+# %% ../../nbs/3_models/07_sdd.ipynb #0cb37ad6
 class SDD:
     "Sparse Distribution Diffusion: masked diffusion with a belief."
     name, causal, is_bound, one_graph = 'sdd', False, True, False
@@ -278,7 +278,8 @@ class SDD:
     def loss(self, network:Transformer, batch:Batch, generator:torch.Generator|None=None)->LossSum:
         "As for `Diffusion`, with a belief in some batches; parts: also k, belief (share of the batches with one), ignore_acc, consistency."
         place = place_of(batch, generator)
-        return sdd_loss(self, network, canvas_of(batch), row_keys(batch, place), place, batch.num_targets)
+        step = place//self.rows_per_step if batch.step is None else batch.step
+        return sdd_loss(self, network, canvas_of(batch), row_keys(batch, place), step, batch.num_targets)
 
     def reader(self, network:Transformer, canvas:Canvas, belief:str|None=None)->BeliefReader:
         "Reads a canvas with a belief: that of the settings, or another."

@@ -296,7 +296,7 @@ def _fill(reading:_Reading, network:Transformer, rows:list[list[int]], hidden:li
         x = torch.where(hide, state.indices[..., 0], x)
     return [row[:len(given)] for row, given in zip(x.tolist(), rows)]
 
-# %% ../../nbs/3_models/071_swap.ipynb #09275b4c
+# %% ../../nbs/3_models/071_swap.ipynb #aa670846
 class SwapSDD:
     "The first Sparse Distribution Diffusion: swapped candidates."
     name, causal, is_bound, one_graph = 'sdd', False, True, False
@@ -325,7 +325,7 @@ class SwapSDD:
     def loss(self, network:Transformer, batch:Batch, generator:torch.Generator|None=None)->LossSum:
         "Sum of the losses of all targets, lost or not; parts: accuracy of all, of the lost ones, the likelihood bound, k."
         place = place_of(batch, generator)
-        k = k_at(self.settings, None if batch.place is None else place//self.rows_per_step)
+        k = k_at(self.settings, batch.step if batch.step is not None else None if batch.place is None else place//self.rows_per_step)
         return _loss(self.reading, network, batch, place, k)
 
     def nll(self, network:Transformer, batch:Batch, generator:torch.Generator|None=None, draws:int=1)->RowScores:

@@ -20,7 +20,7 @@ from .cache import Cache
 from .order import Order
 from .packer import Packed
 
-# %% ../../nbs/2_packing/02_loader.ipynb #f8988b0b
+# %% ../../nbs/2_packing/02_loader.ipynb #a974a408
 @dataclass
 class Batch:
     "Rows to learn from. `num_targets` is counted from the weights where it is not given."
@@ -32,6 +32,7 @@ class Batch:
     one_document:bool=False   # every row holds a single document (padding may follow it)
     num_targets:int|None=None # targets that count
     place:int|None=None       # rows that all ranks were given before its first: where it stands in the run; None: nowhere
+    step:int|None=None        # optimizer steps before the one that it is part of: the same for all its micro-batches and ranks; None: nobody has said
     extras:dict[str,Tensor]|None=None # further tensors for the network, by name: pixel_values, ...
 
     def __post_init__(self):
@@ -46,7 +47,7 @@ class Batch:
         "The same batch with its tensors somewhere else."
         tokens, targets, weights, document, *more = tensors
         extras = self.extras and dict(zip(self.extras, more, strict=True))
-        return Batch(tokens, targets, weights, document, self.rows, self.one_document, self.num_targets, self.place, extras)
+        return Batch(tokens, targets, weights, document, self.rows, self.one_document, self.num_targets, self.place, self.step, extras)
 
     def to(self, device:str|torch.device, non_blocking:bool=False)->'Batch': return self.with_tensors(t.to(device, non_blocking=non_blocking) for t in self.tensors)
 

@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'SHARDED', 'KEYS', 'TENSORS', 'SORTS', 'own_network', 'save
            'TrainState', 'Stateful', 'capture', 'averaged_weights', 'load_weights', 'restore', 'start_from',
            'consolidate', 'Saver', 'checkpointer']
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #9a23e604
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #080d8d5d
 import contextlib, os, pickle, re, shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from ..files import CheckpointError, disk_errors, hash_file, hash_json, read_json, sweep, whole_file, whole_folder, write_json
 from ..models.lora import own_weights, same_base
-from .parallel import Team, own_share
+from .parallel import OtherRank, own_share, Team
 from .sharded import Background, Copies, each_tensor, is_shared, memory_of, own_line, put_in, read_shards, take_out, together, write_shards
 
 # %% ../../nbs/4_trainer/02_checkpoint.ipynb #6edaa23b
@@ -58,7 +58,7 @@ def _plain_disk_errors()->Iterator[None]:
         if not isinstance(e.__context__, OSError): raise
         raise e.__context__ from None
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #4c37b1ed
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #a0f84896
 def _is_divided(state:dict)->bool: return any(map(is_shared, state['model_state_dict'].values()))
 
 def _seal_of(path:Path)->dict: return {'size': path.stat().st_size, 'xxh3_128': hash_file(path)}
@@ -72,7 +72,11 @@ def _save_shards(part:Path, weights:dict[str, Tensor], state:dict, team:Team)->d
     "Write this rank's shards, and on the first training.pt; the seals of the shards."
     optimizer, moments = take_out(state['optimizer_state_dict'])
     tensors_of = dict(zip(SORTS, (weights, (state.get('ema_state_dict') or {}).get('weights'), moments)))
-    seals = {f'{sort}/{name}': seal for sort, tensors in tensors_of.items() if tensors for name, seal in write_shards(part/sort, tensors, team).items()}
+    seals, errors = {}, []
+    for sort, tensors in tensors_of.items():
+        try: seals |= {f'{sort}/{name}': seal for name, seal in write_shards(part/sort, tensors, team).items()} if tensors else {}
+        except (OSError, OtherRank) as e: errors.append(e) # the others go on to the next sort, and wait there for all
+    if errors: raise next((e for e in errors if isinstance(e, OSError)), errors[0])
     if team.first:
         with open(part/'training.pt', 'wb') as f: torch.save({k: state.get(k) for k in TENSORS} | {'optimizer_state_dict': optimizer}, f)
     return seals

@@ -90,7 +90,7 @@ class Window:
         self.sums, self.counts = {}, {}
         return means
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #a8c1fbb9
+# %% ../../nbs/4_trainer/04_loop.ipynb #dbc8b08f
 MOST_EMPTY = 20 # micro-batches in a row
 
 class Empties:
@@ -102,17 +102,18 @@ class Empties:
     def leave_out(self,
         micro:list[Batch], # the micro-batches of one step
         state:TrainState, # counts their rows: they were taken from the loader
-        everywhere:float=0, # targets that several ranks have in this step; 0: there is one rank, or none has any
+        team:Team=Team(), # the ranks
+        everywhere:float=0, # targets that all of them have in this step
     )->list[Batch]: # those with targets; none: there is no step to make
         "Raises `LlmlabError` where `MOST_EMPTY` in a row have none."
-        if everywhere: return micro # the others have some, and all must call the network together
+        if team.world > 1 and everywhere: self.in_a_row = 0; return micro # others have some, and all must call the network together
         full = [batch for batch in micro if batch.num_targets]
         if len(full) == len(micro): self.in_a_row = 0; return full
         for batch in micro:
             self.in_a_row = 0 if batch.num_targets else self.in_a_row+1
             if self.in_a_row >= MOST_EMPTY: raise LlmlabError(_nothing_to_learn(self.in_a_row, batch))
-        state.rows += sum(len(batch.tokens) for batch in micro if not batch.num_targets)
-        self.window.add('empty_batches', len(micro)-len(full), 'empty_batches' not in self.window.sums) # (a sum: its count is 1)
+        state.rows += team.world*sum(len(batch.tokens) for batch in micro if not batch.num_targets)
+        if team.first: self.window.add('empty_batches', team.world*(len(micro)-len(full)), 'empty_batches' not in self.window.sums) # (a sum: its count is 1)
         return full
 
 def _nothing_to_learn(count:int, batch:Batch)->str:
@@ -157,7 +158,7 @@ class Groups:
         raise LlmlabError(f'after {step} step{"s"*(step > 1)} these groups should train, but have no gradient: {said}. The loss does not reach them: is a gate before them closed, '
                           'or their input never used? Open it, or freeze them (finetune.peft.targets).')
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #fae756e3
+# %% ../../nbs/4_trainer/04_loop.ipynb #b2700398
 class Watch:
     "Ends the run when a loss or a gradient is not finite, before the weights see it."
     def __init__(self,
@@ -200,7 +201,9 @@ class Watch:
         said = self.team.gather((mine, _not_finite(step, micro, losses.tolist(), norm, folder) if mine or self.team.world == 1 else None))
         rank = next((r for r, (bad, _) in enumerate(said) if bad), 0)
         text = said[rank][1] or _not_finite(step, micro, losses.tolist(), norm, None)
-        raise LlmlabError(text if self.team.world == 1 else f'rank {rank}: {text}')
+        error = LlmlabError(text if self.team.world == 1 else f'rank {rank}: {text}')
+        error.everywhere = True # every rank raises it
+        raise error
 
 # %% ../../nbs/4_trainer/04_loop.ipynb #7cee8adb
 def keep_batch(
@@ -461,11 +464,22 @@ class Between:
         self.clock.pause_ends()
         return path
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #384fac02
+# %% ../../nbs/4_trainer/04_loop.ipynb #fd75db5f
 @patch
 def wait(self:Between)->None:
     "Go on when what was saved last is on the disk: it may be written in the background."
     if self.save and hasattr(self.save.do, 'wait'): self.save.do.wait()
+
+@patch
+@contextlib.contextmanager
+def saved(self:Between)->Iterator[None]:
+    "If the block fails, what is being written in the background is written first: where one rank trains, or all fail together."
+    try: yield
+    except Exception as e:
+        try:
+            if self.team.world == 1 or getattr(e, 'everywhere', False): self.wait()
+        except LlmlabError as unwritten: raise LlmlabError(f'{e}\n{unwritten}') from e
+        raise
 
 @patch
 def over(self:Between)->bool:
@@ -482,7 +496,7 @@ def stop(self:Between, why:str)->None:
     self.wait()
     raise Stopped(why, self.state.global_step, path)
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #d68297ed
+# %% ../../nbs/4_trainer/04_loop.ipynb #7065557a
 def fit(
     network:nn.Module, # on the machine's device
     objective:Objective, # only its `loss` is used
@@ -522,13 +536,14 @@ def fit(
     empties, groups = Empties(window), Groups(network, optimizer, int(check_groups)) if check_groups else None
     first, start = state.global_step, time.monotonic()
     network.train()
-    with stop_signals() as request, machine_errors(advice), team.watched():
+    with stop_signals() as request, machine_errors(advice), team.watched(), between.saved():
         if not state.settled: between.settle()
         while not between.over():
             step = state.global_step+1
             with between.clock.waiting(): micro = take(batches, accumulation, machine.device)
             targets, = team.total(sum(batch.num_targets for batch in micro))
-            if not (micro := empties.leave_out(micro, state, targets*(team.world > 1))): continue
+            if not (micro := empties.leave_out(micro, state, team, targets)): continue
+            for batch in micro: batch.step = state.global_step
             optimizer.set_rate(rate(state.global_step))
             given, losses = accumulate(loss_of, network, micro, machine, scaler, generator, targets, team.world)
             if groups: groups.look(step)

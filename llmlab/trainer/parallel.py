@@ -31,7 +31,7 @@ def share_of(
     raise ConfigError(f'{world} ranks cannot divide a step of {micro} micro-batch{"es"*(micro > 1)} of {rows} rows equally (trainer.gradient_accumulation_steps, trainer.batch_size). '
                       f'Choose numbers whose product is a multiple of {world}, such as trainer.batch_size={math.ceil(rows*turns/world)*(world//turns)}.')
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #d7bad91a
+# %% ../../nbs/4_trainer/012_parallel.ipynb #1fef07ee
 @dataclass(frozen=True)
 class Team:
     "The ranks of a run, seen from one of them."
@@ -42,6 +42,7 @@ class Team:
     host: Any = None     # process group for host messages
     mesh: Any = None     # DeviceMesh of the ranks: where a model is divided
     members: tuple = ()  # (host name, process) of each rank
+    patience: timedelta|None = None # how long it waits for the others; None: as torch does
 
     @property
     def first(self)->bool: return self.rank == 0 # it speaks and writes for all
@@ -101,7 +102,7 @@ def _watched(team:Team)->Iterator[None]:
 
 Team.watched = _watched
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #75bd70ad
+# %% ../../nbs/4_trainer/012_parallel.ipynb #c9b31eec
 NAMES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT') # what torchrun tells each process
 
 def started_by_torchrun()->bool:
@@ -134,6 +135,7 @@ def join(
     "Meet the other ranks. Raises `ConfigError` where strategy and number do not go together. End it with `leave`."
     world = int(os.environ.get('WORLD_SIZE', 1)) if started_by_torchrun() else 1
     strategy = strategy_of(parallel, world)
+    if parallel.shard_size and strategy != 'hsdp': raise ConfigError(f'parallel.shard_size is {parallel.shard_size}, which only hsdp uses, and the strategy is {strategy}. Leave it out, or use parallel.strategy=hsdp.')
     if strategy == 'none': return Team()
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -142,7 +144,7 @@ def join(
     patience = timedelta(minutes=parallel.timeout_minutes)
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', timeout=patience)
     rank, local, local_world = dist.get_rank(), int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', world))
-    team = Team(rank, world, local, local_world, dist.new_group(backend='gloo', timeout=patience))
+    team = Team(rank, world, local, local_world, dist.new_group(backend='gloo', timeout=patience), patience=patience)
     team = replace(team, members=tuple(team.gather((socket.gethostname(), os.getpid()))))
     if strategy == 'ddp': return team
     size = _shards(parallel, world, local_world)

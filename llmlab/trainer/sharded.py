@@ -35,14 +35,14 @@ def together(
     if wrong: raise CheckpointError(' '.join(f'Rank {rank} of {team.world}: {text}' for text, rank in wrong.items())) from error
     return [result for result, _ in told]
 
-# %% ../../nbs/4_trainer/022_sharded.ipynb #9964cfe7
+# %% ../../nbs/4_trainer/022_sharded.ipynb #7d25b943
 def own_line(
     team:Team, # of the run
 )->Team: # the same ranks
     "A team with a process group of its own for host messages. All ranks must ask for it at the same time."
     if team.world == 1: return team
     import torch.distributed as dist
-    return replace(team, host=dist.new_group(backend='gloo'))
+    return replace(team, host=dist.new_group(backend='gloo', timeout=team.patience))
 
 # %% ../../nbs/4_trainer/022_sharded.ipynb #29f92a99
 def is_shared(t:Any)->bool:
