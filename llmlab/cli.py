@@ -237,7 +237,7 @@ def _results(path:str)->list[dict]: # of an earlier --output
     if not all(isinstance(r, dict) and 'checkpoint' in r for r in found): raise ConfigError(f'{path} holds no results of llmlab_eval --output FILE.json.')
     return found
 
-# %% ../nbs/90_cli.ipynb #1f30152b
+# %% ../nbs/90_cli.ipynb #74b1bbed
 def _submit(settings:list[str], config:str|None, resume:str|None, dry:bool, door:str, prepare:bool, array:str|None, until_done:bool, runs:str)->None:
     "What `llmlab_slurm submit` does, of the options that were given."
     from llmlab.launch import slurm as cluster
@@ -278,6 +278,7 @@ def slurm(
         return _submit(settings, config, resume, dry_run, 'finetune' if finetune else 'train', prepare, array, until_done, runs)
     if verb == 'status' and not names: return print(cluster.overview(runs))
     if len(names) != {'status': 1, 'cancel': 1, 'begin': 2, 'end': 3}[verb]: raise ConfigError(f'llmlab_slurm {verb} takes the name of a run: llmlab_slurm {verb} NAME')
+    if wrong := [n for n in names[1:] if not n.isdecimal()]: raise ConfigError(f'llmlab_slurm {verb}: {wrong[0]!r} is no number. Jobs call it: llmlab_slurm begin NAME LINK, llmlab_slurm end NAME LINK CODE.')
     run = cluster.find(names[0], runs)
     if verb == 'status': print(cluster.status(run))
     if verb == 'cancel': cluster.cancel(run)

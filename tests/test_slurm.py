@@ -217,7 +217,7 @@ def test_the_door_without_slurm(llmlab, tmp_path):
     assert done.returncode == 0 and '#SBATCH --array=0-3' in done.stdout and 'llmlab_prepare --config cache/slurm/prepare-1/config.yaml' in done.stdout and not list(tmp_path.iterdir()), done.stderr
 
 
-@pytest.mark.parametrize('words, says', [(['stauts'], 'say submit'), (['cancel'], 'takes the name of a run'), (['status', 'r'], "no run 'r'"), (['submit', 'r'], 'takes no names'), (['--array', 'run.seed', '--dry-run'], 'run.seed=1,2,3')])
+@pytest.mark.parametrize('words, says', [(['stauts'], 'say submit'), (['begin', 'r', 'x'], 'is no number'), (['cancel'], 'takes the name of a run'), (['status', 'r'], "no run 'r'"), (['submit', 'r'], 'takes no names'), (['--array', 'run.seed', '--dry-run'], 'run.seed=1,2,3')])
 def test_wrong_words(llmlab, words, says):
     done = llmlab('llmlab_slurm', *words, **nowhere)
     assert done.returncode == 1 and says in done.stderr and 'Traceback' not in done.stderr, done.stderr

@@ -370,7 +370,7 @@ def variants(
     if cfg.model.attention == 'full' and cfg.model.architecture == 'ar': add('model.backend', tuple(e for e in candidates(device.type, cfg.packing.seq_len) if e != 'blocks')) # (blocks are what auto takes on a CPU)
     return out
 
-# %% ../../nbs/5_eval/02_speed.ipynb #b4888ba7
+# %% ../../nbs/5_eval/02_speed.ipynb #05f1d327
 def _steps(cfg:Config, batch:Batch, vocab_size:int, rounds:int)->tuple[float, float, float|None, str]: # seconds of a step, seconds of the first, GB, format
     "The median of some whole steps of a config, after two that are not timed."
     machine = set_up(cfg.run, None)
@@ -410,6 +410,7 @@ def bench_settings(
     about = {'network': f'{cfg.model.size}, {cfg.model.architecture}', 'rows': f'{cfg.trainer.batch_size} x {cfg.packing.seq_len} tokens, three documents each', 'machine': about_machine(set_up(cfg.run, None)), 'rounds': rounds}
     return {'what': 'one setting at a time', 'rows': rows, 'about': about}
 
+# %% ../../nbs/5_eval/02_speed.ipynb #7f1b3be8
 def load_overrides(
     cfg:Config, # as it is
     changes:list[str], # key=value
