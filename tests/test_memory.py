@@ -6,7 +6,7 @@ from llmlab.config import load_config
 from llmlab.files import ConfigError
 from llmlab.models.transformer import Shape, build
 from llmlab.models.zoo import build_model
-from llmlab.trainer.memory import Estimate, Heap, Saver, check_memory, estimate, explain_oom, reach, savers, walk
+from llmlab.trainer.memory import Estimate, Heap, Saver, check_memory, estimate, explain_oom, free_memory, reach, savers, walk
 from llmlab.trainer.optim import NarrowAdamW, build_optimizer
 
 
@@ -121,6 +121,73 @@ def test_check_says_everything():
     check_memory(tiny(), 'cpu', lines.append)
     said = '\n'.join(lines)
     for word in ('weights', 'framework', 'Here:', '141 GB', 'Assumed:', 'batch_size'): assert word in said, word
+
+
+def heard(*more, device='cpu', **k):
+    lines = []
+    check_memory(tiny(*more), device, lines.append, **k)
+    return '\n'.join(lines)
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE'): monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_a_gpu_that_is_not_here(alone):
+    alone.setattr(torch.cuda, 'is_available', lambda: False)
+    assert free_memory('cuda') == 0
+    said = heard(device='cuda')
+    assert 'no GPU is seen' in said and 'on cuda' in said and '141 GB' in said
+
+
+def test_a_divided_model_without_torchrun(alone):
+    said = heard('parallel.strategy=fsdp', 'slurm.nodes=2', 'slurm.gpus_per_node=4')
+    assert 'Of 8 ranks, as slurm.nodes and slurm.gpus_per_node say' in said and 'gathered' in said
+    assert 'one of 2 ranks' in heard('parallel.strategy=hsdp', 'slurm.nodes=1', 'slurm.tasks_per_node=2')
+    assert 'This is one process' in heard('parallel.strategy=fsdp') and 'process' not in heard()
+    for more in (('parallel.strategy=hsdp', 'parallel.shard_size=3'), ('parallel.strategy=hsdp', 'parallel.shard_size=3', 'slurm.nodes=4')):
+        with pytest.raises(ConfigError, match='groups of 3'): heard(*more)
+    with pytest.raises(ConfigError, match='equally'): heard('parallel.strategy=fsdp', 'slurm.nodes=3')
+    with pytest.raises(ConfigError, match='none'): heard('parallel.strategy=none', world=2)
+
+
+def test_ranks_share_the_memory_of_a_machine(alone):
+    from llmlab.trainer import memory
+    more = int(estimate(tiny(), device='cpu', world=4).peak/.95)+1-memory.resident()
+    alone.setattr(memory, 'free_memory', lambda device='cpu': more) # with what the process has: just enough for one
+    assert 'it fits' in heard(world=4)
+    alone.setenv('LOCAL_WORLD_SIZE', '4')
+    said = heard(world=4)
+    assert 'each of the 4 ranks on this machine' in said and 'does NOT fit' in said
+
+
+def test_copies_keep_the_memory_of_their_gradients():
+    "DDP's own memory of gradients stays; those of earlier micro-batches are beside it."
+    one, two = (estimate(tiny(f'trainer.gradient_accumulation_steps={n}'), world=2) for n in (2, 4))
+    assert all(parts['gradients'] >= 4*one.parameters for parts in one.phases.values())
+    assert two.phases['forward']['gradients'] >= 8*two.parameters and two.phases['step']['gradients'] < 5*two.parameters
+
+
+def test_fewer_rows_on_many_ranks():
+    "Ranks divide the micro-batches first: half as many rows in a micro-batch may change nothing."
+    cfg = tiny('trainer.batch_size=512', 'packing.seq_len=256')
+    first = savers(cfg, estimate(cfg, world=8), world=8, most=1)[0]
+    assert first.change == 'trainer.batch_size=32 trainer.gradient_accumulation_steps=16'
+    assert 'trainer.batch_size=2 trainer.gradient_accumulation_steps=16' in explain_oom(tiny('trainer.batch_size=32', 'finetune.init=x'), world=8)
+    assert 'batch_size' not in explain_oom(tiny('trainer.batch_size=1', 'finetune.init=x'))
+
+
+def test_advice_without_a_remedy(monkeypatch):
+    from llmlab.trainer import memory
+    monkeypatch.setattr(memory, 'savers', lambda *a, **k: [])
+    assert 'What would help' not in (said := explain_oom(tiny())) and 'No single setting' in said
+
+
+def test_recomputing_that_recomputes_nothing(alone):
+    from llmlab.trainer import memory
+    assert 'none is recomputed' in heard('trainer.gradient_checkpointing=3', 'model.num_layers=2')
+    for how in ('none', 2, 'selective', 'full'): memory._warn_idle_recompute(tiny(f'trainer.gradient_checkpointing={how}', 'model.num_layers=2'), pytest.fail)
 
 
 def test_a_heap_against_a_list_of_bytes():

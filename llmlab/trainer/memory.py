@@ -7,7 +7,7 @@ __all__ = ['MAPPED', 'aten', 'CONTEXT', 'LATER', 'CARDS', 'Heap', 'reach', 'Ledg
            'batch_bytes', 'Estimate', 'estimate', 'free_memory', 'what_fits', 'check_memory', 'Saver', 'savers',
            'advice', 'explain_oom']
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #53278d4c
+# %% ../../nbs/4_trainer/042_memory.ipynb #831204f2
 import contextlib, functools, os, weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
-from ..config import Config
+from ..config import Config, Trainer
 from ..files import ConfigError
 from ..models import attention, layers, objective as head, sdd, transformer
 from ..models.zoo import build_model
 from ..packing.loader import WINDOW_TOKENS, Batch
 from .machine import choose_precision
 from .optim import Ema, JointOptimizer, Muon, build_optimizer, clip_gradients
-from .parallel import share_of
+from . import parallel as ranks
+from .parallel import share_of, started_by_torchrun, strategy_of
 
 # %% ../../nbs/4_trainer/042_memory.ipynb #4724b55b
 MAPPED = 32 << 20 # bytes: larger blocks are mapped one by one, and given back when they are freed
@@ -354,12 +355,16 @@ def _repr_html_(self:Estimate)->str:
 @patch
 def __str__(self:Estimate)->str: return '\n'.join(f'  {a:<{max(len(l[0]) for l in self.lines())}}  {b:>10}  {c:>4}'.rstrip() for a, b, c in self.lines())
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #99a88a2c
+# %% ../../nbs/4_trainer/042_memory.ipynb #e9ea8727
 def _shards(cfg:Config, world:int)->int: # ranks that divide one model
-    "1: every rank has all of it."
-    p = cfg.parallel
-    if p.strategy not in ('fsdp', 'hsdp') or world == 1: return 1
-    return world if p.strategy == 'fsdp' else p.shard_size or min(8, world)
+    "1: every rank has all of it. Raises `ConfigError` where they cannot divide it equally."
+    if strategy_of(cfg.parallel, world) not in ('fsdp', 'hsdp'): return 1
+    return ranks._shards(cfg.parallel, world, int(os.environ.get('LOCAL_WORLD_SIZE', min(8, world))))
+
+def _copied(parts:dict[str, int], phase:str, network:nn.Module, micro:int)->dict[str, int]: # micro: micro-batches of a rank in a step
+    "The parts of a phase on one of the ranks that have copies of a model."
+    whole, own = 4*sum(p.numel() for p in network.parameters() if p.requires_grad), parts.get('gradients', 0)
+    return parts | {'gradients': whole+own if micro > 1 and phase != 'step' else max(whole, own)}
 
 def _divided(parts:dict[str, int], phase:str, cfg:Config, network:nn.Module, shards:int, narrow:int)->dict[str, int]: # narrow: bytes of a number in the products
     "The parts of a phase on one of the ranks that divide a model."
@@ -371,7 +376,7 @@ def _divided(parts:dict[str, int], phase:str, cfg:Config, network:nn.Module, sha
     if narrow < 4: out['activations'] = max(0, out['activations']-int(kept*narrow*in_blocks))
     return out | {'gathered': 4*rest + 2*narrow*block + (narrow+4)*block*(phase == 'backward')}
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #c6bce5d3
+# %% ../../nbs/4_trainer/042_memory.ipynb #2d5fa53c
 def _vocabulary(cfg:Config)->tuple[int, list[str]]: # its size; what was assumed
     known = {'bpe': cfg.tokenizer.vocab_size, 'byte': 262}
     if cfg.tokenizer.kind in known: return known[cfg.tokenizer.kind], []
@@ -406,6 +411,7 @@ def estimate(
     ledger, network = walk(cfg, V, rows, micro, dtype, device == 'cuda'), build_model(cfg, V, 'meta')[0]
     phases = {p: dict(parts) for p, (_, parts) in ledger.peaks.items() if p}
     if shards > 1: phases = {p: _divided(parts, p, cfg, network, shards, dtype.itemsize) for p, parts in phases.items()}
+    if strategy_of(cfg.parallel, world) == 'ddp': phases = {p: _copied(parts, p, network, micro) for p, parts in phases.items()}
     kept = 0 if device == 'cuda' else max(0, reach(ledger.log)-max(total for total, _ in ledger.peaks.values()))
     static = sum(phases['forward'].get(k, 0) for k in ('weights', 'optimizer', 'average'))
     beside = _beside(cfg, device, rows, micro, cache_rows, static) | ({'allocator': kept} if kept else {})
@@ -414,7 +420,7 @@ def estimate(
     if cfg.model.architecture != 'ar': assumed.append('every token hidden at once, the worst batch that there can be')
     return Estimate({p: parts | beside for p, parts in phases.items()}, device, rows, sum(p.numel() for p in network.parameters()), tuple(assumed))
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #47d3a5de
+# %% ../../nbs/4_trainer/042_memory.ipynb #ae0cf67d
 def _number_in(path:str)->int|None:
     try: return int(Path(path).read_text())
     except (OSError, ValueError): return None # another system, or no limit ("max")
@@ -423,7 +429,8 @@ def free_memory(
     device:str='cpu', # cpu, cuda, cuda:N
 )->int: # bytes; 0: nobody knows
     "How much memory can still be had."
-    if torch.device(device).type == 'cuda': return torch.cuda.mem_get_info(torch.device(device))[0]
+    device = torch.device(device)
+    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count() else 0
     try: free = 1024*next(int(line.split()[1]) for line in Path('/proc/meminfo').read_text().splitlines() if line.startswith('MemAvailable'))
     except (OSError, StopIteration): return 0
     for limit, used in (('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current'), ('/sys/fs/cgroup/memory/memory.limit_in_bytes', '/sys/fs/cgroup/memory/memory.usage_in_bytes')):
@@ -431,7 +438,7 @@ def free_memory(
         if most is not None and now is not None: free = min(free, max(0, most-now))
     return free
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #3a8f3e8e
+# %% ../../nbs/4_trainer/042_memory.ipynb #68cedd9b
 CARDS = (24, 40, 48, 80, 141) # GB
 
 def what_fits(
@@ -441,6 +448,22 @@ def what_fits(
     "On which GPUs a run fits."
     return [(gb, e.fits(gb*10**9), e.most_rows(gb*10**9)) for gb in cards]
 
+# %% ../../nbs/4_trainer/042_memory.ipynb #17f18992
+def _as_slurm_starts(cfg:Config, world:int, say:Callable[[str], None])->tuple[Config, int]: # settings, ranks
+    "The ranks of a model that will be divided, where one process looks at it."
+    s, strategy = cfg.slurm, cfg.parallel.strategy
+    if world > 1 or strategy not in ('fsdp', 'hsdp'): return cfg, world
+    each = s.tasks_per_node or s.gpus_per_node or 1
+    if not started_by_torchrun(): world = s.nodes*each
+    if world == 1: say(f'This is one process: parallel.strategy={strategy} divides nothing, and the estimate is of the whole model. Start it under torchrun, or set slurm.nodes and slurm.gpus_per_node.')
+    else: say(f'Of {world} ranks, as slurm.nodes and slurm.{"tasks" if s.tasks_per_node else "gpus"}_per_node say; start it under torchrun for another number.')
+    return cfg if cfg.parallel.shard_size or started_by_torchrun() else _changed(cfg, {'parallel.shard_size': each}), world
+
+def _warn_idle_recompute(cfg:Config, say:Callable[[str], None])->None:
+    how, blocks = cfg.trainer.gradient_checkpointing, len(build_model(cfg, 262, 'meta')[0].blocks)
+    if how != 'none' and not transformer.recomputing(how, blocks): say(f'trainer.gradient_checkpointing={how} recomputes one block of every {how}, and there are {blocks}: none is recomputed.')
+
+# %% ../../nbs/4_trainer/042_memory.ipynb #23a2a208
 def check_memory(
     cfg:Config, # all settings
     device:str|None=None, # cpu, cuda, cuda:N; None: as the settings say, or a GPU where there is one
@@ -452,19 +475,34 @@ def check_memory(
 )->Estimate: # of this device
     "Say what a step needs, whether it fits here, and on which GPUs it would. Nothing is prepared and nothing allocated."
     device = device or (cfg.run.device if cfg.run.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu')
+    cfg, world = _as_slurm_starts(cfg, world, say)
     options = dict(vocab_size=vocab_size, world=world, cache_rows=cache_rows)
     e, free = estimate(cfg, device=device, **options), free_memory(device)
     say(f'Memory of a step with {e.rows} rows of {cfg.packing.seq_len} tokens, {e.parameters:,} parameters, on {device}{f", of one of {world} ranks" if world > 1 else ""}:\n{e}')
-    if free: # (this process is a part of what a CPU run needs, and is there already)
-        room = free + (resident() if e.device == 'cpu' else 0)
-        say(f'Here: {_gb(room)} can be had; ' + ('it fits' if e.fits(room) else 'it does NOT fit') + f'. The largest trainer.batch_size that fits is about {e.most_rows(room)*cfg.trainer.batch_size//e.rows}.')
+    _warn_idle_recompute(cfg, say)
+    if free: # (this process is a part of what a CPU run needs, and is there already; so are the other ranks of this machine)
+        local = int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if e.device == 'cpu' else 1
+        room = free//local + (resident() if e.device == 'cpu' else 0)
+        say(f'Here: {_gb(room)} can be had{f" by each of the {local} ranks on this machine" if local > 1 else ""}; ' + ('it fits' if e.fits(room) else 'it does NOT fit')
+            + f'. The largest trainer.batch_size that fits is about {e.most_rows(room)*cfg.trainer.batch_size//e.rows}.')
         if not e.fits(room): say(advice(cfg, e, **options))
+    elif e.device == 'cuda': say(f'Here: no GPU is seen (run.device={device}), so nobody knows whether it fits.')
     gpu = e if e.device == 'cuda' else estimate(cfg, device='cuda', **options)
     say(f'On a GPU: {_gb(gpu.peak)}. ' + '; '.join(f'{gb} GB: {"fits" if fits else "too little"} (batch_size to about {most*cfg.trainer.batch_size//gpu.rows})' for gb, fits, most in what_fits(gpu)) + '.')
     if assumed := dict.fromkeys(e.assumed+gpu.assumed): say('Assumed: ' + '; '.join(assumed) + '.')
     return e
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #47f14bbc
+# %% ../../nbs/4_trainer/042_memory.ipynb #1a66389a
+def _fewer_rows(t:Trainer, world:int)->dict[str, int]: # settings; empty: there are none
+    "The same step in smaller micro-batches. Ranks divide the micro-batches before the rows: it may take several halves until a rank has fewer rows."
+    rows, micro = t.batch_size, t.gradient_accumulation_steps
+    while rows % 2 == 0:
+        rows, micro = rows//2, 2*micro
+        if share_of(t.model_copy(update={'batch_size': rows, 'gradient_accumulation_steps': micro}), world)[0] < share_of(t, world)[0]:
+            return {'trainer.batch_size': rows, 'trainer.gradient_accumulation_steps': micro}
+    return {}
+
+# %% ../../nbs/4_trainer/042_memory.ipynb #f17709a5
 @dataclass(frozen=True)
 class Saver:
     "A change that saves memory."
@@ -475,8 +513,8 @@ class Saver:
 
 def _changes(cfg:Config, device:str, world:int)->Iterator[tuple[dict[str, Any], str]]: # settings, cost
     "Settings that take less memory, the cheapest first."
-    t, half = cfg.trainer, cfg.trainer.batch_size//2
-    if t.batch_size % 2 == 0: yield {'trainer.batch_size': half, 'trainer.gradient_accumulation_steps': 2*t.gradient_accumulation_steps}, 'the same training, in smaller pieces'
+    t = cfg.trainer
+    if fewer := _fewer_rows(t, world): yield fewer, 'the same training, in smaller pieces'
     if t.gradient_checkpointing == 'none': yield {'trainer.gradient_checkpointing': 'selective'}, 'the same numbers, some percent slower'
     if cfg.optim.state_dtype == 'fp32': yield {'optim.state_dtype': 'bf16'}, 'moments in 16 bits, rounded at random'
     if world > 1 and cfg.parallel.strategy not in ('fsdp', 'hsdp'): yield {'parallel.strategy': 'fsdp'}, 'more traffic between the ranks'
@@ -484,6 +522,8 @@ def _changes(cfg:Config, device:str, world:int)->Iterator[tuple[dict[str, Any], 
     if _format(cfg, device) == torch.float32 and (device == 'cuda' or _format(cfg.model_copy(update={'run': cfg.run.model_copy(update={'precision': 'auto'})}), device) != torch.float32):
         yield {'run.precision': 'bf16'}, 'products in 16 bits, and faster'
     if cfg.packing.seq_len >= 64: yield {'packing.seq_len': cfg.packing.seq_len//2}, 'another model: it sees half as far'
+
+def _typed(settings:dict[str, Any])->str: return ' '.join(f'{k}={v}' for k, v in settings.items())
 
 def _changed(cfg:Config, settings:dict[str, Any])->Config:
     cfg = cfg.model_copy(deep=True)
@@ -506,14 +546,16 @@ def savers(
     for settings, cost in _changes(cfg, e.device, world):
         if len(out) == most: break
         less = estimate(_changed(cfg, settings), vocab_size=vocab_size, world=world, device=e.device, cache_rows=cache_rows)
-        if e.peak-less.peak > e.peak/50: out.append(Saver(' '.join(f'{k}={v}' for k, v in settings.items()), e.peak-less.peak, cost))
+        if e.peak-less.peak > e.peak/50: out.append(Saver(_typed(settings), e.peak-less.peak, cost))
     return out
 
 def advice(cfg:Config, e:Estimate, **options)->str:
     "The cheapest changes, as lines."
-    return '\n'.join(['What would help, the cheapest first:', *(f'  {s}' for s in savers(cfg, e, **options))])
+    found = savers(cfg, e, **options)
+    if not found: return 'No single setting saves a fiftieth of that: take a smaller model, or a machine with more memory.'
+    return '\n'.join(['What would help, the cheapest first:', *(f'  {s}' for s in found)])
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #c9197c74
+# %% ../../nbs/4_trainer/042_memory.ipynb #66d3ffb3
 def explain_oom(
     cfg:Config, # all settings
     device:str='cuda', # where it ran out
@@ -526,5 +568,6 @@ def explain_oom(
     options = dict(world=world, vocab_size=vocab_size, cache_rows=cache_rows)
     try: e = estimate(cfg, device=device, **options)
     except ConfigError:
-        return ('Halve trainer.batch_size and double trainer.gradient_accumulation_steps (the same training), or set trainer.gradient_checkpointing=full, or take a shorter packing.seq_len.')
+        fewer = _fewer_rows(cfg.trainer, world)
+        return 'Set ' + (f'{_typed(fewer)} (the same training), or ' if fewer else '') + 'trainer.gradient_checkpointing=full, or take a shorter packing.seq_len.'
     return f'A step with these settings takes about:\n{e}\n{advice(cfg, e, **options)}'
