@@ -20,7 +20,7 @@ install() {
     [ "$(id -u)" = 0 ] || cannot "not root, so no packages can be installed (missing: $(missing))"
     command -v apt-get >/dev/null || cannot "no apt-get here (missing: $(missing))"
     log=$(mktemp)
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm slurm-wlm-basic-plugins munge; } >"$log" 2>&1 \
+    { timeout 300 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install -y -qq --no-install-recommends slurm-wlm slurm-wlm-basic-plugins munge; } >"$log" 2>&1 \
         || cannot "apt-get could not install slurm-wlm and munge: $(tail -n 1 "$log")"
 }
 
