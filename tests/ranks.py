@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from llmlab.config import Optim, Parallel, load_config
+from llmlab.config import Parallel, load_config
+from llmlab.files import LlmlabError
 from llmlab.models.zoo import build_model
 from llmlab.packing.loader import Batch
 from llmlab.trainer.loop import fit
@@ -47,6 +48,12 @@ def learn(case, team):
     loss = arrange(network, objective, Machine(), Parallel(strategy=case['strategy']), team, case.get('recompute', 'none'))
     optimizer, memory = build_optimizer(network, cfg.optim, dtype=torch.float32), Memory()
     ema = Ema(network, .9) if case.get('ema') else None
+    if case.get('broken_on') == team.rank: # from the third step on, for one rank only
+        good = loss
+        def loss(network, batch, generator=None):
+            found = good(network, batch, generator)
+            return found._replace(sum=found.sum*float('inf')) if batch.step == 2 else found
+        loss.called = good.called
     fit(network, objective, Rows(team.rank, team.world, rows), optimizer, total_steps=STEPS, accumulation=micro, log_every=1, tracker=Tracker([memory]), team=team, loss=loss, ema=ema, generator=torch.Generator().manual_seed(0))
     weights = {n: gathered(p.detach()) for n, p in network.named_parameters()}
     if ema: weights |= {f'ema.{n}': gathered(t) for n, t in ema.shadow.items()}
@@ -58,7 +65,10 @@ def main(cases, folder):
     team = join(Parallel(strategy='fsdp')) if started_by_torchrun() else Team()
     for name, case in cases.items():
         mesh = init_device_mesh('cpu', (2, team.world//2), mesh_dim_names=('replicate', 'shard')) if case['strategy'] == 'hsdp' else team.mesh
-        curve, weights = learn(case, replace(team, mesh=mesh))
+        try: curve, weights = learn(case, replace(team, mesh=mesh))
+        except LlmlabError as e:
+            (Path(folder)/f'{name}-{team.rank}.txt').write_text(str(e))
+            continue
         if team.first:
             torch.save(weights, Path(folder)/f'{name}-{team.world}.pt')
             (Path(folder)/f'{name}-{team.world}.json').write_text(json.dumps(curve))

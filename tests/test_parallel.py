@@ -46,7 +46,11 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_ranks_learn_what_one_process_learns(ranks, alone, tmp_path):
     cases = {name: case for name, case in CASES.items() if case['strategy'] != 'hsdp' or ranks == 4}
-    finished(torchrun(ranks, sys.executable, HERE/'ranks.py', json.dumps(cases), tmp_path))
+    broken = {f'broken-{s}': dict(strategy=s, optim='adamw', family='ar', broken_on=1) for s in ('ddp', 'fsdp')}
+    finished(torchrun(ranks, sys.executable, HERE/'ranks.py', json.dumps(cases | broken), tmp_path))
+    for name in broken: # one rank saw it, and all refuse the step in the same words
+        texts = {(tmp_path/f'{name}-{rank}.txt').read_text() for rank in range(ranks)}
+        assert len(texts) == 1 and 'rank 1: step 3 did not happen: the loss of micro-batch 1 of' in texts.pop()
     for name in cases:
         one, many = (torch.tensor(json.loads((folder/f'{name}-{n}.json').read_text())) for folder, n in ((alone, 1), (tmp_path, ranks)))
         assert len(one) == 20 and one[-1, 0] < one[0, 0]-.3
