@@ -45,7 +45,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize('ranks', [2, 4])
 def test_ranks_learn_what_one_process_learns(ranks, alone, tmp_path):
-    cases = {name: case for name, case in CASES.items() if case['strategy'] != 'hsdp' or ranks == 4}
+    cases = {name: case for name, case in CASES.items() if (case['strategy'] != 'hsdp' if ranks == 2 else name.startswith('ar'))}
     broken = {f'broken-{s}': dict(strategy=s, optim='adamw', family='ar', broken_on=1) for s in ('ddp', 'fsdp')}
     finished(torchrun(ranks, sys.executable, HERE/'ranks.py', json.dumps(cases | broken), tmp_path))
     for name in broken: # one rank saw it, and all refuse the step in the same words

@@ -67,7 +67,7 @@ def test_kill_and_resume_is_bit_exact(kills, straight, tmp_path):
 
 @pytest.mark.parametrize('family', ['diffusion', 'sdd'])
 def test_the_other_families_are_killed_and_resume(family, tmp_path):
-    more = [f'model.architecture={family}', 'model.sdd.feedback_warmup_steps=0']
+    more = [f'model.architecture={family}', 'model.sdd.feedback_warmup_steps=0', 'trainer.eval_rows=16', 'trainer.sample_tokens=8']
     folder = prepared(tmp_path/'straight')
     p = start(folder, *words, *more)
     assert p.wait(timeout=300) == 0, p.stderr.read()
