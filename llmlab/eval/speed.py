@@ -6,16 +6,16 @@
 __all__ = ['BENCHES', 'Race', 'interleave', 'products', 'copies', 'report', 'table', 'Size', 'about_machine', 'bench_machine',
            'random_batch', 'training_step', 'stepper', 'llama_loss', 'loss_gap', 'bench_train', 'greedy',
            'llama_greedy', 'bench_generate', 'raw_batches', 'raw_file', 'one_thread', 'bench_loader', 'some_cache',
-           'rows_of_documents', 'variants', 'bench_settings', 'load_overrides', 'settings_table', 'bench']
+           'rows_of_documents', 'variants', 'bench_settings', 'settings_table', 'bench']
 
-# %% ../../nbs/5_eval/02_speed.ipynb #7cc9d576
+# %% ../../nbs/5_eval/02_speed.ipynb #817c60b0
 import contextlib, functools, math, statistics, tempfile, time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor, nn
-from ..config import Config, Data, Model, Optim, Packing, Run, Tokenizer, load_config
+from ..config import Config, Data, Model, Optim, Packing, Run, Tokenizer, load_config, parse_value
 from ..data.corpora import open_corpus
 from ..data.tokenizer import build_tokenizer
 from ..files import ConfigError, LlmlabError, whole_file
@@ -28,6 +28,7 @@ from ..packing.cache import Cache, build_cache
 from ..packing.loader import Batch, Loader
 from ..trainer.loop import accumulate
 from ..trainer.machine import Machine, matmul_peak, set_up
+from ..trainer.memory import with_settings
 from ..trainer.optim import JointOptimizer, build_optimizer, clip_gradients
 from ..trainer.parallel import arrange
 
@@ -338,7 +339,7 @@ def some_cache(room:str|Path, seq_len:int, documents:int)->Cache:
     tokenizer = build_tokenizer(Tokenizer(kind='bpe', vocab_size=8192, train_megabytes=4), corpus)
     return build_cache(corpus, tokenizer, Packing(seq_len=seq_len, chunk_rows=1024, folder=str(room)))
 
-# %% ../../nbs/5_eval/02_speed.ipynb #6d9c2e61
+# %% ../../nbs/5_eval/02_speed.ipynb #837fe60c
 def rows_of_documents(
     rows:int, # B
     seq_len:int, # T
@@ -355,12 +356,12 @@ def rows_of_documents(
 def variants(
     cfg:Config, # as it is
     device:torch.device, # whose engines are tried
-)->dict[str, list[str]]: # name -> settings that differ
+)->dict[str, dict]: # name -> settings that differ
     "The config, and one setting changed at a time."
-    out, d = {'as set': []}, cfg.model_dump()
+    out, d = {'as set': {}}, cfg.model_dump()
     def add(key:str, values:tuple)->None:
         section, name = key.split('.')
-        out.update({f'{key}={v}': [f'{key}={v}'] for v in values if v != str(d[section][name]).lower()})
+        out.update({f'{key}={v}': {key: parse_value(v)} for v in values if v != str(d[section][name]).lower()})
     add('run.compile', ('true', 'false'))
     add('run.precision', ('fp32', 'bf16'))
     add('trainer.gradient_checkpointing', ('none', 'selective', 'full'))
@@ -370,7 +371,7 @@ def variants(
     if cfg.model.attention == 'full' and cfg.model.architecture == 'ar': add('model.backend', tuple(e for e in candidates(device.type, cfg.packing.seq_len) if e != 'blocks')) # (blocks are what auto takes on a CPU)
     return out
 
-# %% ../../nbs/5_eval/02_speed.ipynb #05f1d327
+# %% ../../nbs/5_eval/02_speed.ipynb #0e8f8eb3
 def _steps(cfg:Config, batch:Batch, vocab_size:int, rounds:int)->tuple[float, float, float|None, str]: # seconds of a step, seconds of the first, GB, format
     "The median of some whole steps of a config, after two that are not timed."
     machine = set_up(cfg.run, None)
@@ -393,12 +394,13 @@ def bench_settings(
     say:Callable[[str], None]=lambda line: None, # told each line as it is measured
 )->dict: # JSON, for `settings_table`
     "Whole training steps with the settings of a config, and with one of them changed at a time. What does not fit or does not work is named as such."
-    device = set_up(cfg.run, None).device
+    machine = set_up(cfg.run, None)
+    device = machine.device
     V, rows = vocab_size or cfg.tokenizer.vocab_size, []
     batch, work = rows_of_documents(cfg.trainer.batch_size, cfg.packing.seq_len, V), None
     for name, changes in variants(cfg, device).items():
         if names is not None and name not in names: continue
-        one = Config.model_validate(load_overrides(cfg, changes))
+        one = with_settings(cfg, changes)
         try: seconds, first, gb, dtype = _steps(one, batch, V, rounds)
         except (RuntimeError, LlmlabError) as e:
             rows.append({'name': name, 'failed': 'does not fit' if isinstance(e, torch.OutOfMemoryError) else str(e).splitlines()[0][:100]})
@@ -407,22 +409,10 @@ def bench_settings(
         flops = flops_per_token(shape_of(one.model, V, one.packing.seq_len), one.packing.seq_len)
         rows.append({'name': name, 'tokens_per_sec': speed, 'ratio': speed/rows[0]['tokens_per_sec'] if rows and 'tokens_per_sec' in rows[0] else 1., 'utilisation': speed*flops/peak, 'memory_gb': gb, 'first_step_s': first, 'dtype': dtype})
         say(f'{name}: {speed:,.0f} tokens/s')
-    about = {'network': f'{cfg.model.size}, {cfg.model.architecture}', 'rows': f'{cfg.trainer.batch_size} x {cfg.packing.seq_len} tokens, three documents each', 'machine': about_machine(set_up(cfg.run, None)), 'rounds': rounds}
+    about = {'network': f'{cfg.model.size}, {cfg.model.architecture}', 'rows': f'{cfg.trainer.batch_size} x {cfg.packing.seq_len} tokens, three documents each', 'machine': about_machine(machine), 'rounds': rounds}
     return {'what': 'one setting at a time', 'rows': rows, 'about': about}
 
-# %% ../../nbs/5_eval/02_speed.ipynb #7f1b3be8
-def load_overrides(
-    cfg:Config, # as it is
-    changes:list[str], # key=value
-)->dict: # nested values
-    "A config with some settings changed, as plain values."
-    d = cfg.to_dict()
-    for change in changes:
-        key, _, value = change.partition('=')
-        section, name = key.split('.')
-        d[section][name] = {'true': True, 'false': False}.get(value, value)
-    return d
-
+# %% ../../nbs/5_eval/02_speed.ipynb #615be8f5
 def settings_table(
     result:dict, # from `bench_settings`
 )->str: # Markdown

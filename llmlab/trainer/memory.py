@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAPPED', 'aten', 'CONTEXT', 'LATER', 'CARDS', 'Heap', 'reach', 'Ledger', 'walk', 'resident', 'loader_bytes',
-           'batch_bytes', 'Estimate', 'estimate', 'free_memory', 'what_fits', 'check_memory', 'Saver', 'savers',
-           'advice', 'explain_oom']
+           'batch_bytes', 'Estimate', 'estimate', 'free_memory', 'what_fits', 'check_memory', 'Saver', 'with_settings',
+           'savers', 'advice', 'explain_oom']
 
 # %% ../../nbs/4_trainer/042_memory.ipynb #831204f2
 import contextlib, functools, os, weakref
@@ -448,7 +448,7 @@ def what_fits(
     "On which GPUs a run fits."
     return [(gb, e.fits(gb*10**9), e.most_rows(gb*10**9)) for gb in cards]
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #17f18992
+# %% ../../nbs/4_trainer/042_memory.ipynb #058eb300
 def _as_slurm_starts(cfg:Config, world:int, say:Callable[[str], None])->tuple[Config, int]: # settings, ranks
     "The ranks of a model that will be divided, where one process looks at it."
     s, strategy = cfg.slurm, cfg.parallel.strategy
@@ -457,7 +457,7 @@ def _as_slurm_starts(cfg:Config, world:int, say:Callable[[str], None])->tuple[Co
     if not started_by_torchrun(): world = s.nodes*each
     if world == 1: say(f'This is one process: parallel.strategy={strategy} divides nothing, and the estimate is of the whole model. Start it under torchrun, or set slurm.nodes and slurm.gpus_per_node.')
     else: say(f'Of {world} ranks, as slurm.nodes and slurm.{"tasks" if s.tasks_per_node else "gpus"}_per_node say; start it under torchrun for another number.')
-    return cfg if cfg.parallel.shard_size or started_by_torchrun() else _changed(cfg, {'parallel.shard_size': each}), world
+    return cfg if cfg.parallel.shard_size or started_by_torchrun() else with_settings(cfg, {'parallel.shard_size': each}), world
 
 def _warn_idle_recompute(cfg:Config, say:Callable[[str], None])->None:
     how, blocks = cfg.trainer.gradient_checkpointing, len(build_model(cfg, 262, 'meta')[0].blocks)
@@ -502,7 +502,7 @@ def _fewer_rows(t:Trainer, world:int)->dict[str, int]: # settings; empty: there 
             return {'trainer.batch_size': rows, 'trainer.gradient_accumulation_steps': micro}
     return {}
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #f17709a5
+# %% ../../nbs/4_trainer/042_memory.ipynb #ee3a359c
 @dataclass(frozen=True)
 class Saver:
     "A change that saves memory."
@@ -525,7 +525,11 @@ def _changes(cfg:Config, device:str, world:int)->Iterator[tuple[dict[str, Any], 
 
 def _typed(settings:dict[str, Any])->str: return ' '.join(f'{k}={v}' for k, v in settings.items())
 
-def _changed(cfg:Config, settings:dict[str, Any])->Config:
+def with_settings(
+    cfg:Config, # as it is; is not changed
+    settings:dict[str, Any], # 'section.name' -> value
+)->Config:
+    "The config with some settings changed."
     cfg = cfg.model_copy(deep=True)
     for key, value in settings.items():
         section, name = key.split('.')
@@ -545,7 +549,7 @@ def savers(
     out = []
     for settings, cost in _changes(cfg, e.device, world):
         if len(out) == most: break
-        less = estimate(_changed(cfg, settings), vocab_size=vocab_size, world=world, device=e.device, cache_rows=cache_rows)
+        less = estimate(with_settings(cfg, settings), vocab_size=vocab_size, world=world, device=e.device, cache_rows=cache_rows)
         if e.peak-less.peak > e.peak/50: out.append(Saver(_typed(settings), e.peak-less.peak, cost))
     return out
 

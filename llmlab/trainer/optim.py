@@ -427,19 +427,18 @@ def rate_along(
     old = rate_along(step, earlier, optim, warm)
     return old+(new-old)*max(0, step-since)/max(warm, 1)
 
-# %% ../../nbs/4_trainer/01_optim.ipynb #49fbe50e
+# %% ../../nbs/4_trainer/01_optim.ipynb #28d2d266
 def total_steps(
     trainer:Trainer, # batch_size, gradient_accumulation_steps and one of max_steps, max_tokens, epochs
     rows:int, # rows of the whole training cache
     seq_len:int, # tokens in a row
-    world:int=1, # ranks, each with its own micro-batches
 )->int: # optimizer steps
     "Length of the run in steps: epochs are rounded down, tokens up. Raises `ConfigError` if two durations are given or there are no rows."
     given = {k: v for k in ('max_steps', 'max_tokens', 'epochs') if (v := getattr(trainer, k)) is not None}
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(f'trainer.{k} ({v})' for k, v in given.items())} both say how long to train. Keep one and set the others to null.")
     if rows < 1: raise ConfigError('the training cache has no rows. Take more text, or a smaller packing.seq_len.')
-    rows_per_step = trainer.batch_size*trainer.gradient_accumulation_steps*world
+    rows_per_step = trainer.batch_size*trainer.gradient_accumulation_steps
     if trainer.max_steps: return trainer.max_steps
     if trainer.max_tokens: return math.ceil(trainer.max_tokens/(rows_per_step*seq_len))
     rows_per_epoch = max(1, int(rows*trainer.epoch_dataset_fraction))

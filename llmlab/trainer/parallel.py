@@ -31,7 +31,7 @@ def share_of(
     raise ConfigError(f'{world} ranks cannot divide a step of {micro} micro-batch{"es"*(micro > 1)} of {rows} rows equally (trainer.gradient_accumulation_steps, trainer.batch_size). '
                       f'Choose numbers whose product is a multiple of {world}, such as trainer.batch_size={math.ceil(rows*turns/world)*(world//turns)}.')
 
-# %% ../../nbs/4_trainer/012_parallel.ipynb #1fef07ee
+# %% ../../nbs/4_trainer/012_parallel.ipynb #3fc0f50a
 @dataclass(frozen=True)
 class Team:
     "The ranks of a run, seen from one of them."
@@ -72,10 +72,6 @@ class Team:
     def hear(self, reason:str|None)->str|None: # its own reason, or that another has one
         "Whether any rank has a reason: all get the answer at the same place."
         return reason or 'another rank was asked to stop' if self.largest(bool(reason))[0] else None
-
-    def wait(self)->None:
-        "Go on when all are here."
-        self.total(0.)
 
     def say(self, say:Callable[[str], None])->Callable[[str], None]:
         "The first rank speaks, the others are silent."
