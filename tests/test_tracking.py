@@ -63,7 +63,7 @@ def test_status_tells_how_it_ended(tmp_path):
 def test_a_full_disk_ends_the_run_a_broken_listener_does_not(tmp_path, monkeypatch):
     class Broken:
         def log(self, metrics, step): raise OSError('no network')
-        def finish(self, state): raise AssertionError('left out already')
+        def finish(self, state, error): raise AssertionError('left out already')
     said = []
     tracker = Tracker([Files(tmp_path), Broken()], say=said.append)
     for step in (1, 2): tracker.log({'train/loss': 1.}, step)
@@ -131,7 +131,9 @@ print(ids['wandb'])
 
 def test_the_line_on_the_screen(capsys):
     line = progress_line(770, 26235, {'train/loss': 5.583, 'train/tokens_per_sec': 106212.4, 'train/mfu': .407, 'train/memory_gb': 12.34}, 4*3600+23*60)
-    assert line == 'Step    770/26,235 ( 2.9%) | Loss: 5.583 | 106,212 tok/s | ETA: 04:23h | 41% of peak | 12.3 GB'
+    assert line == 'Step   770/26,235 ( 2.9%) | Loss: 5.583 | 106,212 tok/s | ETA: 04:23h | 41% of peak | 12.3 GB'
+    assert [progress_line(s, 26235, {}).split('(')[0] for s in (1, 9999, 10000, 26235)] == ['Step     1/26,235 ', 'Step 9,999/26,235 ', 'Step 10,000/26,235 ', 'Step 26,235/26,235 ']
+    assert [progress_line(s, 100, {}) for s in (5, 100)] == ['Step   5/100 ( 5.0%)', 'Step 100/100 (100.0%)']
     assert clock_time(61) == '01:01m'
     screen = Screen(100, 'plain')
     for step in (10, 20): screen.log({'train/loss': 2.}, step)

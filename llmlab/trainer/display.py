@@ -41,13 +41,13 @@ class Curve:
 def _mean(pairs:list[tuple[float, float]])->tuple[float, float]:
     return sum(x for x, _ in pairs)/len(pairs), sum(y for _, y in pairs)/len(pairs)
 
-# %% ../../nbs/4_trainer/032_display.ipynb #c7feae7f
+# %% ../../nbs/4_trainer/032_display.ipynb #9900b409
 @dataclass
 class Progress:
     "What a run shows of itself."
     total_steps: int          # steps in the whole run
     step: int = 0             # steps done
-    line: str = ''            # how far, how good, how fast, how long still (`tracking.progress_line`)
+    line: str = ''            # how far, how good, how fast, how long still (`tracking.progress_line`); at the end, what is worth keeping of it
     train: Curve = field(default_factory=Curve)  # loss, nats a token
     val: Curve = field(default_factory=lambda: Curve(80))
     validation: dict[str, float] = field(default_factory=dict) # the newest: name -> number
@@ -93,13 +93,13 @@ def ticks(
 def _path(points:list[tuple[float, float]])->str:
     return 'M'+'L'.join(f'{x:.1f} {y:.1f}' for x, y in points)
 
-# %% ../../nbs/4_trainer/032_display.ipynb #7d17c5f5
+# %% ../../nbs/4_trainer/032_display.ipynb #2cf1bd92
 def curve_svg(
     p:Progress, # with at least one loss
 )->str: # SVG
     "The losses over the steps."
     train, val = p.train.shown(), p.val.shown()
-    values, last = [v for _, v in train+val], max(x for x, _ in train+val)
+    values, last = [v for _, v in train+val], max(p.step, *(x for x, _ in train+val))
     low, high = min(values), max(values)
     margin = .06*(high-low) or .02*abs(high) or 1.
     low, high = low-margin, high+margin
@@ -114,7 +114,7 @@ def curve_svg(
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 152" width="420" height="152" style="max-width:100%;height:auto" role="img" aria-label="loss over steps" '
         f'font-family="sans-serif" font-size="10" fill="currentColor"><text x="44" y="11">loss</text>{grid}<path d="M44 14V132H410" fill="none" stroke="{GREY}"/>{drawn}{steps}{legend}</svg>')
 
-# %% ../../nbs/4_trainer/032_display.ipynb #07f63c17
+# %% ../../nbs/4_trainer/032_display.ipynb #f6896b1b
 COLOURS = {'running': BLUE, 'done': GREEN, 'stopped': ORANGE, 'failed': RED}
 LONGEST = 800 # characters of a sample that are shown
 
@@ -132,7 +132,7 @@ def _numbers(p:Progress)->str:
     rows = [(name, f'{v:.4g}') for name, v in p.validation.items()]
     if p.val.least and p.val.least[1] != p.validated: rows.append(('lowest loss', f'{p.val.least[0]:.4g} at step {p.val.least[1]:,.0f}'))
     cells = ''.join(f'<tr><td style="text-align:left;padding:1px 12px 1px 0;opacity:.75">{escape(k)}</td><td style="text-align:left;padding:1px 0">{escape(v)}</td></tr>' for k, v in rows)
-    return f'<div><b>Validation, step {p.validated:,}</b><table style="border-collapse:collapse;margin:3px 0;font-size:13px">{cells}</table></div>'
+    return f'<div><b>Validation, step {p.validated:,}</b><table style="border-collapse:collapse;margin:3px 0;font-size:13px;color:inherit">{cells}</table></div>'
 
 def _samples(p:Progress, most:int=2)->str:
     one = lambda s: (f'<div style="font:12px/1.5 monospace;white-space:pre-wrap;overflow-wrap:anywhere;max-height:12em;overflow:auto;border-left:3px solid {GREY};padding:0 8px;margin:4px 0">'
