@@ -3,11 +3,11 @@ import typing
 import pytest, torch
 from pathlib import Path
 from torch.testing import assert_close
-from llmlab.config import Model, load_config
-from llmlab.files import ConfigError
+from llmlab.config import FAMILIES, Model, load_config
+from llmlab.files import ConfigError, LlmlabError
 from llmlab.models.layers import rotation
 from llmlab.models.transformer import Shape, build, count_parameters, flops_per_token
-from llmlab.models.zoo import OBJECTIVES, SIZES, build_model, from_llama, llama_kind, shape_of, to_llama
+from llmlab.models.zoo import OBJECTIVES, SIZES, build_model, from_llama, llama_kind, make_objective, shape_of, to_llama
 
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -32,7 +32,8 @@ def test_sizes(name):
 
 def test_the_config_knows_the_same_sizes_and_families():
     assert set(typing.get_args(Model.model_fields['size'].annotation)) == set(SIZES)
-    assert set(typing.get_args(Model.model_fields['architecture'].annotation)) == set(OBJECTIVES)
+    known, any_name = typing.get_args(Model.model_fields['architecture'].annotation)
+    assert any_name is str and list(typing.get_args(known)) == FAMILIES == list(OBJECTIVES)
 
 
 @pytest.mark.parametrize('preset', presets)
@@ -42,6 +43,49 @@ def test_presets_are_built(preset):
     network, objective = build_model(cfg, vocab_size, device='meta')
     assert network.shape.seq_len == cfg.packing.seq_len and objective.name == cfg.model.architecture
     if preset in SIZES: assert cfg.tokenizer.vocab_size == SIZES[preset]['vocab_size']
+
+
+MINE = '''
+from llmlab.models.ar import AR
+from llmlab.models.zoo import add_family
+class Mine(AR):
+    name = 'mine'
+    def __init__(self, ahead=2): self.ahead = ahead
+add_family('mine', lambda model, special, seed, rows: Mine(**model.own))
+'''
+
+@pytest.fixture
+def mine(tmp_path):
+    "A file with a family, which nobody knows before and after."
+    (tmp_path/'mine.py').write_text(MINE)
+    yield tmp_path/'mine.py'
+    OBJECTIVES.pop('mine', None)
+    if 'mine' in FAMILIES: FAMILIES.remove('mine')
+
+
+def test_a_family_of_ones_own(mine, monkeypatch):
+    settings = lambda *o: load_config('tiny_test', ['model.architecture=mine', f'model.file={mine}', *o])
+    own = settings('model.own.ahead=3').model
+    with pytest.raises(ConfigError, match='not known here.*LLMLAB_FAMILY'): make_objective(own, {}) # settings that come with a checkpoint run nothing
+    assert build_model(settings('model.own.ahead=3'), 300, 'meta')[1].ahead == 3
+    with pytest.raises(ConfigError, match='cannot be built from model.own'): build_model(settings('model.own.behind=3'), 300, 'meta')
+    OBJECTIVES.pop('mine'); FAMILIES.remove('mine')
+    mine.write_text(MINE+'#')
+    monkeypatch.setenv('LLMLAB_FAMILY', str(mine))
+    assert make_objective(own, {}).name == 'mine'
+
+
+def test_what_is_no_family(mine):
+    settings = load_config('tiny_test', ['model.architecture=mine', f'model.file={mine}'])
+    for text, said in (("add_family('mine', lambda *a: object())", 'lacks name, causal'), ("add_family('mine', lambda *a: AR())", "name 'ar'"), ("add_family('his', AR)", "adds no family 'mine'"),
+                       ("add_family('m-1', AR)", 'letters, digits and _'), ("add_family('sdd', AR)", 'another name'), ('1/0', r'mine.py raised an error(.|\n)*ZeroDivisionError')):
+        OBJECTIVES.pop('mine', None)
+        mine.write_text(f'from llmlab.models.zoo import AR, add_family\n{text}')
+        with pytest.raises(LlmlabError, match=said): build_model(settings, 300, 'meta')
+    OBJECTIVES.pop('his'); FAMILIES.remove('his')
+    mine.unlink()
+    with pytest.raises(ConfigError, match='cannot be read'): build_model(settings, 300, 'meta')
+    with pytest.raises(ConfigError, match="should be 'ar'.*model.file"): load_config('tiny_test', ['model.architecture=mein'])
 
 
 def test_overrides():
