@@ -7,7 +7,7 @@ from llmlab import tiny
 from llmlab.config import Config
 from llmlab.launch import doctor
 from llmlab.launch.doctor import (Finding, ask, check_compiler, check_cores, check_disk, check_flash, check_gpus, check_hub, check_memory, check_packages,
-    check_precision, check_python, check_slurm, check_text, check_torch, check_tracking, check_transformers, check_writable, examine, exit_code, free_memory,
+    check_precision, check_python, check_slurm, check_text, check_torch, check_tracking, check_torchvision, check_transformers, check_writable, examine, exit_code, free_memory,
     import_errors, nvidia_driver, standing, usable_cores)
 
 GB = 1e9
@@ -32,7 +32,8 @@ cpu = cuda | dict(version='2.13.0+cpu', built_for='CPU', gpus=[], device='cpu')
     (check_memory(16*GB, 17*GB, on_cpu=False), 'ok'), (check_memory(float('inf'), 1.), 'ok'),
     (check_disk('runs', Path('r'), 9*GB), 'ok'), (check_disk('runs', Path('r'), GB), 'warning'), (check_disk('runs', Path('r'), 9*GB, 8*GB), 'warning'),
     (check_disk('runs', Path('r'), 9*GB, 10*GB), 'problem'),
-    (check_transformers({}), 'ok'), (check_transformers({'transformers': 'x'}), 'warning'), (check_transformers({'torchvision': 'nms'}), 'warning'),
+    (check_transformers({}), 'ok'), (check_transformers({'transformers': 'x'}), 'warning'), (check_transformers({'torchvision': 'nms'}), 'ok'), (check_transformers({'transformers': 'x', 'torchvision': 'nms'}), 'warning'),
+    (check_torchvision(None, '2.13.0'), 'ok'), (check_torchvision('0.28.0', '2.13.0+cu130', ['torch==2.13.0']), 'ok'), (check_torchvision('0.21.0', '2.13.0', ['torch==2.6.0']), 'warning'), (check_torchvision('0.28.0', None, ['torch==2.13.0'], 'x'), 'warning'),
     (check_hub({}), 'ok'), (check_hub({'HF_HUB_OFFLINE': '1'}), 'ok'), (check_hub({'HF_HUB_OFFLINE': '1'}, 'data'), 'warning'), (check_hub({}, 'data', 'x'), 'problem'), (check_hub({}, 'data'), 'ok'),
     (check_compiler('/usr/bin/g++', True), 'ok'), (check_compiler(None, True), 'ok'), (check_compiler(None, True, wanted=True), 'problem'), (check_compiler('g++', False, wanted=True), 'problem'),
     (check_compiler(None, False, triton=True, cuda=True), 'ok'), (check_compiler('g++', True, triton=False, cuda=True), 'warning'), (check_compiler('g++', True, cuda=True, wanted=True), 'problem'),

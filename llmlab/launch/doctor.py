@@ -5,20 +5,24 @@
 # %% auto #0
 __all__ = ['Finding', 'exit_code', 'check_python', 'check_packages', 'look_at_torch', 'check_torch', 'check_gpus',
            'check_precision', 'check_flash', 'check_cores', 'check_memory', 'check_disk', 'standing', 'check_writable',
-           'check_tracking', 'check_transformers', 'check_hub', 'check_compiler', 'check_slurm', 'model_needs',
-           'check_text', 'ask', 'try_import', 'import_errors', 'usable_cores', 'free_memory', 'nvidia_driver',
-           'examine']
+           'check_tracking', 'check_torchvision', 'check_transformers', 'check_hub', 'check_compiler', 'check_slurm',
+           'wants_hub', 'check_text', 'check_tokenizer', 'find_cache', 'check_cache', 'model_needs', 'tensor_shapes',
+           'tuning_needs', 'check_checkpoint', 'check_run', 'check_base', 'mend', 'ask', 'try_import', 'import_errors',
+           'usable_cores', 'free_memory', 'nvidia_driver', 'examine']
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #54ade564
-import importlib.metadata, json, os, shutil, signal, subprocess, sys, sysconfig, tempfile
+# %% ../../nbs/7_launch/01_doctor.ipynb #34691af7
+import ast, importlib.metadata, json, os, re, shutil, signal, struct, subprocess, sys, sysconfig, tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from ..config import Config
-from ..files import LlmlabError
-from ..trainer.tracking import wandb_mode
+from ..config import Config, load_config
+from ..data.corpora import HUB, Corpus, open_corpus
+from ..data.tokenizer import load_tokenizer
+from ..files import ConfigError, LlmlabError, hash_json, read_json, sweep, write_json
+from ..packing.cache import METADATA, REGISTRY, SPLITS, Cache, cache_folder, list_caches, read_registry, write_registry
+from ..trainer.tracking import is_running, read_status, wandb_mode
 
 # %% ../../nbs/7_launch/01_doctor.ipynb #db9ba782
 @dataclass(frozen=True)
@@ -201,15 +205,30 @@ def check_tracking(
     else: out.append(Finding('wandb', 'ok', f'{mode}' + (': no key (`wandb login` goes online)' if wish == 'auto' and not key else '')))
     return out
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #1a592738
+# %% ../../nbs/7_launch/01_doctor.ipynb #ce385bae
+def check_torchvision(
+    version:str|None, # of torchvision; None: not installed
+    torch:str|None, # version of torch; None: it does not work
+    requires:list[str]=(), # the requirements of torchvision, as 'torch==2.6.0'
+    error:str|None=None, # how its import failed
+)->Finding:
+    "Whether torchvision belongs to this torch."
+    from packaging.requirements import Requirement
+    if version is None: return Finding('torchvision', 'ok', 'not installed: only models that see need it')
+    built = next((r.specifier for r in map(Requirement, requires) if r.name == 'torch'), None)
+    wrong = bool(torch and built and not built.contains(torch.split('+')[0], prereleases=True))
+    if not error and not wrong: return Finding('torchvision', 'ok', version)
+    seen = f'{version}' + (f', built for torch {built}, beside torch {torch}' if wrong else '') + (f', does not import: {error}' if error else '')
+    return Finding('torchvision', 'warning', seen, '`pip install --force-reinstall torchvision` takes the one that matches; `pip uninstall torchvision` serves too, where no model sees. transformers breaks beside a wrong one.')
+
 def check_transformers(
     errors:dict[str, str], # library -> how its import failed
 )->Finding:
-    "transformers, and the torchvision that can break it."
+    "transformers, which Hugging Face models and tokenizers need."
     mine, vision = errors.get('transformers'), errors.get('torchvision')
-    if vision: return Finding('transformers', 'warning', f'torchvision, which it uses, does not import: {vision}', 'torchvision was built for another torch: reinstall it to match, or uninstall it.')
-    if mine: return Finding('transformers', 'warning', f'does not import: {mine}', '`pip install -U transformers -c constraints.txt`. Only Hugging Face models and tokenizers need it.')
-    return Finding('transformers', 'ok', 'works')
+    if not mine: return Finding('transformers', 'ok', 'works')
+    if vision: return Finding('transformers', 'warning', f'does not import: {mine}', 'Mend torchvision first (see there): a wrong one breaks it.')
+    return Finding('transformers', 'warning', f'does not import: {mine}', '`pip install -U transformers -c constraints.txt`. Only Hugging Face models and tokenizers need it.')
 
 def check_hub(
     flags:dict[str, str], # environment variables that keep the hub libraries offline
@@ -250,29 +269,221 @@ def check_slurm(
     if missing: return Finding('slurm', 'warning', f'{", ".join(missing)} not found, the rest is there', 'Is this a login node of the cluster? Load its Slurm module.')
     return Finding('slurm', 'ok', ', '.join(tools))
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #cec108c2
+# %% ../../nbs/7_launch/01_doctor.ipynb #b495ec9a
+def _problem_of_file(path:Path, names:tuple[str, ...])->str|None:
+    "What is wrong with a Python file that should hold one of these functions. Reads it; runs nothing."
+    try: tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError) as e: return f'{path} is no Python: {e}'
+    if not any(getattr(n, 'name', None) in names for n in tree.body) and not any(isinstance(n, ast.ImportFrom) for n in tree.body): return f'{path} has no function {" or ".join(names)}'
+
+def _problem_of_text(config:Config)->str|None:
+    data = config.data
+    key, path = ('file', data.file) if data.name == 'file' else ('path', data.path)
+    if data.name in ('file', 'files', 'bins') and not path: return f'data.name is {data.name}, but no data.{key} is given'
+    if not path or wants_hub(config): return None
+    there = Path(path).expanduser()
+    if not there.exists(): return f'{path} does not exist'
+    if data.name == 'bins' and not list(there.glob('train*.bin')): return f'{path} holds no train.bin'
+    return _problem_of_file(there, ('get_custom_dataset',) if config.finetune.init else ('documents',)) if data.name == 'file' else None
+
+def wants_hub(
+    config:Config, # sections data and finetune
+)->str|None: # what comes from the hub
+    "What of a config comes from the Hugging Face hub."
+    name, path = config.data.name, config.data.path
+    if name in HUB or name == 'hub' and path and not Path(path).expanduser().exists(): return f'data.name is {name}'
+
+def check_text(
+    config:Config, # the section data
+)->Finding:
+    "Whether the text that a config names is there. No document is read."
+    if wrong := _problem_of_text(config): return Finding('text', 'problem', wrong, 'Correct data.path or data.file.' if 'exist' in wrong else 'Say where the text is.' if 'given' in wrong else 'Mend that file, or name another.')
+    path = config.data.file or config.data.path
+    return Finding('text', 'ok', config.data.name + (f': {path}' if path else ': from the hub' if wants_hub(config) else ': comes with llmlab' if config.data.name in ('stories', 'instructions') else ''))
+
+def check_tokenizer(
+    config:Config, # the section tokenizer
+)->Finding:
+    "Whether a tokenizer that a config names is there."
+    t = config.tokenizer
+    if not t.path: return Finding('tokenizer', 'ok', f'{t.kind}' + (f' of {t.vocab_size:,}, made from the text' if t.kind == 'bpe' else ''))
+    if not Path(t.path).expanduser().exists(): return Finding('tokenizer', 'problem', f'{t.path} does not exist', 'Correct tokenizer.path; without it a vocabulary is made from the text.')
+    return Finding('tokenizer', 'ok', f'{t.kind}: {t.path}')
+
+# %% ../../nbs/7_launch/01_doctor.ipynb #7fc667a0
+def _tokenizer_folder(config:Config, corpus:Corpus)->Path: # as recipes.tokenizer_folder has it, which stands later in the book; a test holds them together
+    made_from = [config.tokenizer.model_dump(mode='json')] + ([corpus.fingerprint] if config.tokenizer.path is None else [])
+    return Path(config.packing.folder)/'tokenizers'/f'{corpus.name}-{config.tokenizer.kind}-{hash_json(made_from)[:8]}'
+
+def _by_name(config:Config)->Path|None:
+    "A cache of a corpus of the hub, by what can be known without asking the hub."
+    name = config.data.name if config.data.name in HUB else Path(config.data.path).name
+    wanted = dict(dataset_name=name, split='train', sequence_length=config.packing.seq_len, tokenizer=f'{config.tokenizer.kind}-{config.tokenizer.vocab_size}')
+    found = [c for c in list_caches(config.packing.folder) if all(c.get(k) == v for k, v in wanted.items())]
+    return Path(config.packing.folder)/'packed_sequences'/found[-1]['path'] if found else None
+
+def find_cache(
+    config:Config, # sections data, tokenizer and packing
+)->Path|None: # None: nothing of it was built
+    "The folder of the training cache that a run with these settings would use. Reads the text's files where there are any, for their hash; raises `DataError` where they are missing."
+    if config.data.name in ('bins', 'instructions') or config.finetune.init: return None # read as they lie, or kept elsewhere
+    if wants_hub(config): return _by_name(config)
+    corpus = open_corpus(config.data)
+    made = _tokenizer_folder(config, corpus)
+    if not (made/'tokenizer.json').is_file(): return None
+    folder = cache_folder(corpus, load_tokenizer(made), config.packing)
+    return folder if (folder/METADATA).exists() else None
+
+# %% ../../nbs/7_launch/01_doctor.ipynb #22c9ee9d
+_rebuild = '`llmlab_prepare --mode inverse` with the same settings makes what is damaged again, and nothing else.'
+
+def _caches(folder:Path)->dict[str, Cache]:
+    splits = dict(zip(SPLITS, (folder, folder.with_name(folder.name+'-validation'))))
+    return {s: Cache(f) for s, f in splits.items() if (f/METADATA).exists()}
+
+def check_cache(
+    config:Config, # sections data, tokenizer and packing
+)->Finding:
+    "The cache that a run with these settings would use: complete, begun, damaged or not there. Sizes and headers are looked at (`llmlab_prepare --verify` reads every byte)."
+    if config.data.name == 'bins': return Finding('cached rows', 'ok', 'token files are read as they lie')
+    if config.data.name == 'instructions' or config.finetune.init: return Finding('cached rows', 'ok', f'examples are kept in {config.finetune.folder}')
+    try:
+        folder = find_cache(config)
+        if folder is None: return Finding('cached rows', 'ok', 'none yet: the run makes them first')
+        found = _caches(folder)
+        wrong = [f'{c.path.name}: {p}' for c in found.values() for p in c.verify(full=False)]
+    except LlmlabError as e: return Finding('cached rows', 'problem', str(e), _rebuild)
+    if wrong: return Finding('cached rows', 'problem', '; '.join(wrong[:3]) + (f' and {len(wrong)-3} more' if len(wrong) > 3 else ''), _rebuild)
+    train, held = found['train'], found.get('validation')
+    seen = f'{train.num_rows:,} rows of {train.seq_len}, {train.num_tokens:,} tokens' + (f'; {held.num_rows:,} rows held out' if held else '') + f'; {sum(c.file_bytes for c in found.values())/1e6:,.1f} MB'
+    if not all(c.complete for c in found.values()): return Finding('cached rows', 'ok', f'{seen}; begun, and the run takes the rest' if config.packing.partial else f'{seen}; begun, and the run makes the rest first')
+    return Finding('cached rows', 'ok', f'complete: {seen}')
+
+# %% ../../nbs/7_launch/01_doctor.ipynb #b0173f67
+def _needs_of(parameters:int, learning:int, keep:int)->dict[str, int]:
+    checkpoint = 12*learning
+    return dict(parameters=parameters, memory=4*(parameters-learning)+16*learning, checkpoint=checkpoint, run=checkpoint*(keep+2))
+
 def model_needs(
     config:Config, # the sections tokenizer, packing, model, optim and trainer
 )->dict[str, int]: # parameters; bytes: memory, checkpoint, run
-    "What a run needs, in bytes; without activations. Imports torch. Raises `ConfigError` for a model that cannot be built."
+    "What a run from nothing needs, in bytes; without activations. Imports torch. Raises `ConfigError` for a model that cannot be built."
     from llmlab.models.transformer import count_parameters
     from llmlab.models.zoo import shape_of
     vocab_size = config.tokenizer.vocab_size if config.tokenizer.kind in ('bpe', 'hf') else 512
     parameters = count_parameters(shape_of(config.model, vocab_size, config.packing.seq_len))
-    checkpoint = 12*parameters
-    return dict(parameters=parameters, memory=16*parameters, checkpoint=checkpoint, run=checkpoint*(config.trainer.keep_last+2))
+    return _needs_of(parameters, parameters, config.trainer.keep_last)
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #c12b8ec3
-def check_text(
-    config:Config, # the section data
+def tensor_shapes(
+    folder:str|Path, # with .safetensors files
+)->dict[str, list[int]]: # name -> shape
+    "The shapes of stored weights, from the heads of their files. Raises `LlmlabError` where a head cannot be read."
+    shapes = {}
+    for path in sorted(Path(folder).glob('*.safetensors')):
+        try:
+            with open(path, 'rb') as f: head = json.loads(f.read(struct.unpack('<Q', f.read(8))[0]))
+        except (OSError, ValueError, struct.error, MemoryError, OverflowError) as e: raise LlmlabError(f'{path} is not a safetensors file ({e}): it was cut or changed. Copy or download it again.') from e
+        shapes |= {name: t['shape'] for name, t in head.items() if name != '__metadata__'}
+    return shapes
+
+def tuning_needs(
+    shapes:dict[str, list[int]], # of the model that is tuned (`tensor_shapes`)
+    config:Config, # sections finetune and trainer
+)->dict[str, int]: # as of `model_needs`
+    "What a fine-tuning needs; of adapters at most, as if all matrices in the blocks had one."
+    total, peft, names = 0, config.finetune.peft, ('embed', 'head', 'wte')
+    for shape in shapes.values():
+        size = 1
+        for n in shape: size *= n
+        total += size
+    adapters = sum(peft.r*sum(shape) for name, shape in shapes.items() if len(shape) == 2 and not any(n in name for n in names))
+    return _needs_of(total+(adapters if peft.method != 'full' else 0), total if peft.method == 'full' else adapters, config.trainer.keep_last)
+
+# %% ../../nbs/7_launch/01_doctor.ipynb #95ebf226
+def check_checkpoint(
+    about:str, # what it is for
+    path:str|Path, # a checkpoint of ours
 )->Finding:
-    "Whether a text named by the config is there. Nothing is read."
-    data = config.data
-    path = data.file if data.name == 'file' else data.path if data.name == 'files' else None
-    if data.name in ('file', 'files') and not path:
-        return Finding('text', 'problem', f'data.name is {data.name}, but no {"data.file" if data.name == "file" else "data.path"} is given', 'Say where the text is.')
-    if path and not Path(path).expanduser().exists(): return Finding('text', 'problem', f'{path} does not exist', 'Correct data.path or data.file.')
-    return Finding('text', 'ok', f'{data.name}' + (f': {path}' if path else ''))
+    "Whether a checkpoint is whole and unchanged. Reads all of it; imports torch."
+    from llmlab.trainer.checkpoint import check_files
+    wrong = check_files(path)
+    if wrong: return Finding(about, 'problem', '; '.join(wrong[:3]), f'Take another: `llmlab_doctor --run {Path(path).parent.parent}` says which of the run are good.')
+    meta = read_json(Path(path)/'meta.json')
+    return Finding(about, 'ok', f'{path}: {meta["architecture"]}, step {meta["global_step"]:,}, whole')
+
+def check_run(
+    path:str|Path, # a run folder
+)->Finding:
+    "Whether a run can go on: its settings, and every byte of its checkpoints. Imports torch."
+    from llmlab.trainer.checkpoint import check_files, list_checkpoints
+    path, about = Path(path), f'run {Path(path).name}'
+    try: load_config(path/'config.yaml'); state = read_status(path).get('state', 'new')
+    except LlmlabError as e: return Finding(about, 'problem', f'cannot be read: {e}', 'Restore config.yaml (each checkpoint holds the settings too, in meta.json), or delete the run.')
+    if is_running(path): return Finding(about, 'ok', 'is running: not looked at')
+    found = {p.name: check_files(p) for p in list_checkpoints(path/'checkpoints')}
+    good, bad = [n for n, wrong in found.items() if not wrong], {n: wrong for n, wrong in found.items() if wrong}
+    if not found: return Finding(about, 'ok', f'{state}, without a checkpoint yet')
+    if not bad: return Finding(about, 'ok', f'{state}; {len(good)} checkpoint{"s"*(len(good) > 1)}, all whole, the newest {good[-1]}')
+    seen = f'{state}; ' + '; '.join(w[0] for w in bad.values())
+    if not good: return Finding(about, 'problem', seen, 'No checkpoint of it is whole: copy them again, or begin anew.')
+    remedy = f'Remove {", ".join(str(path/"checkpoints"/n) for n in bad)}: the run goes on from {good[-1]}.'
+    return Finding(about, 'problem' if max(bad) > good[-1] else 'warning', seen, remedy)
+
+# %% ../../nbs/7_launch/01_doctor.ipynb #8ca6c683
+def _on_hub(name:str)->tuple[Path|None, Finding]:
+    "The copy of a model of the hub that is here."
+    from huggingface_hub import snapshot_download
+    off = os.environ.get('HF_HUB_OFFLINE')
+    try: return Path(snapshot_download(name, local_files_only=True)), Finding('finetune.init', 'ok', f'{name}: a copy of the hub is here')
+    except Exception as e: # (the library has an exception for each of many reasons: all mean that there is none)
+        seen = f'{name}: not here yet'
+        if off: return None, Finding('finetune.init', 'problem', f'{seen}, and HF_HUB_OFFLINE={off} ({type(e).__name__})', 'Unset it, or name a folder: finetune.init=FOLDER')
+        return None, Finding('finetune.init', 'ok', f'{seen}; it will be fetched from the hub')
+
+def check_base(
+    config:Config, # finetune.init is given
+)->tuple[dict[str, int], list[Finding]]: # what the run needs; findings
+    "The model that a fine-tuning starts from, and what tuning it needs. Imports torch."
+    from llmlab.finetune.sft import settle_base
+    init = config.finetune.init
+    by_name = re.fullmatch(r'[\w.-]+/[\w.-]+', init) and not Path(init).expanduser().is_dir() and not (Path(config.run.folder)/init).is_dir() and not init.startswith(f'{config.run.folder}/')
+    folder, first = _on_hub(init) if by_name else (None, None)
+    if by_name and folder is None: return {}, [first]
+    try:
+        base = settle_base(config if folder is None else load_config(config.to_dict() | {'finetune': config.finetune.model_dump() | {'init': str(folder)}}), lambda line: None)[1]
+        first = first or (check_checkpoint('finetune.init', base.path) if base.ours else Finding('finetune.init', 'ok', f'{base.path}: a Hugging Face model'))
+        needs = tuning_needs(tensor_shapes(base.path), config)
+    except LlmlabError as e: return {}, [Finding('finetune.init', 'problem', str(e), 'Correct finetune.init, or train what it names.')]
+    if not needs['parameters']: return {}, [first] if first.state == 'problem' else [Finding('finetune.init', 'problem', f'{base.path} holds no .safetensors weights', 'Copy or download the model again; weights in other formats could run code and are not read.')]
+    return needs, [first, Finding('model', 'ok', f"that of finetune.init, {needs['parameters']/1e6:.1f}M parameters; a checkpoint of {needs['checkpoint']/1e9:.2f} GB{' at most' if config.finetune.peft.method != 'full' else ''}")]
+
+# %% ../../nbs/7_launch/01_doctor.ipynb #93c1fd9c
+def _leftovers(config:Config)->list[Path]:
+    "Folders in which writers that were killed may have left something."
+    runs, cache = Path(config.run.folder), Path(config.packing.folder)
+    return [p for pattern, base in (('', runs), ('*', runs), ('*/checkpoints', runs), ('', cache), ('tokenizers', cache), ('packed_sequences', cache), ('packed_sequences/*', cache), ('packed_sequences/*/*', cache))
+            for p in (sorted(base.glob(pattern)) if '*' in pattern else [base/pattern]) if p.is_dir()]
+
+def _died(path:Path)->bool:
+    "Whether a run says that it runs, on this machine, and no process does."
+    try: status = read_status(path)
+    except LlmlabError: return False
+    return status.get('state') == 'running' and status.get('host') == os.uname().nodename and not is_running(path)
+
+def mend(
+    config:Config|None=None, # run.folder and packing.folder; None: the defaults
+)->list[str]: # what was done, a sentence each
+    "Do the safe repairs. Raises `LlmlabError` where the disk refuses."
+    config, done = config or Config(), []
+    for folder in map(Path, (config.run.folder, config.packing.folder)):
+        if not folder.exists() and check_writable('', folder).state == 'ok': folder.mkdir(parents=True); done.append(f'made the folder {folder}')
+    for folder in _leftovers(config):
+        if names := sweep(folder): done.append(f'cleared in {folder} what killed writers left: {", ".join(names)}')
+    for path in sorted(p.parent for p in Path(config.run.folder).glob('*/status.json')):
+        if _died(path): write_json(path/'status.json', read_status(path) | {'state': 'killed'}); done.append(f'{path.name} said that it was running, and its process is gone: noted as killed')
+    registry = Path(config.packing.folder)/'packed_sequences'/REGISTRY
+    if registry.exists() and read_registry(registry) is None: write_registry(config.packing.folder); done.append(f'wrote {registry} anew')
+    return done
 
 # %% ../../nbs/7_launch/01_doctor.ipynb #3bf937c6
 def ask(
@@ -332,27 +543,37 @@ def nvidia_driver()->str|None:
     line = (done.stdout.strip().splitlines() or [''])[0]
     return line.replace(', ', ', driver ') if not done.returncode and line else None
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #d63ff846
+# %% ../../nbs/7_launch/01_doctor.ipynb #61609046
 def _installed(name:str)->str|None:
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
 
-def _requires()->list[str]:
-    "What the installed llmlab requires; nothing if it runs from its folder without being installed."
-    try: return importlib.metadata.requires('llmlab') or []
+def _requires(name:str)->list[str]:
+    "What an installed package requires; nothing if it is not installed (llmlab itself may run from its folder)."
+    try: return importlib.metadata.requires(name) or []
     except importlib.metadata.PackageNotFoundError: return []
 
-def _wants_hub(config:Config)->str|None:
-    if config.data.name in ('hub', 'tinystories', 'fineweb-edu', 'openwebtext'): return f'data.name is {config.data.name}'
-
-def _needs(config:Config, findings:list[Finding])->dict[str, int]:
-    "Add a finding about the model, and give what it needs."
+def _model(config:Config, works:bool)->tuple[dict[str, int], list[Finding]]: # works: torch does
+    "What the run needs, and findings about its model and what it starts from."
+    if not works: return {}, []
+    if config.finetune.init: return check_base(config)
     try: needs = model_needs(config)
-    except LlmlabError as e: findings.append(Finding('model', 'problem', str(e), 'Correct the section model.')); return {}
-    findings.append(Finding('model', 'ok', f"{needs['parameters']/1e6:.1f}M parameters, a checkpoint of {needs['checkpoint']/1e9:.2f} GB"))
-    return needs
+    except LlmlabError as e: return {}, [Finding('model', 'problem', str(e), 'Correct the section model.')]
+    found = [Finding('model', 'ok', f"{needs['parameters']/1e6:.1f}M parameters, a checkpoint of {needs['checkpoint']/1e9:.2f} GB")]
+    return needs, found + ([_start(config)] if config.model.init else [])
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #a7ffa8ec
+def _start(config:Config)->Finding:
+    from llmlab.trainer.runs import checkpoint_of
+    try: return check_checkpoint('model.init', checkpoint_of(config.model.init, config.run.folder))
+    except LlmlabError as e: return Finding('model.init', 'problem', str(e), 'Correct model.init, or train what it names.')
+
+def _named_run(name:str, folder:str)->Finding:
+    from llmlab.trainer.runs import find_run
+    path = Path(name)
+    try: return check_checkpoint(f'checkpoint {path.name}', path) if path.name.startswith('step-') or (path/'meta.json').exists() else check_run(find_run(name, folder))
+    except LlmlabError as e: return Finding(f'run {name}', 'problem', str(e), '`llmlab_runs list` shows those that are there.')
+
+# %% ../../nbs/7_launch/01_doctor.ipynb #e85acf82
 def _machine(config:Config, torch:dict|None, error:str|None, needs:dict[str, int])->list[Finding]:
     "Findings about processors and memory."
     run, out = config.run, [check_torch(torch, error, nvidia_driver(), config.run.device)]
@@ -362,32 +583,39 @@ def _machine(config:Config, torch:dict|None, error:str|None, needs:dict[str, int
     on_cpu = run.device == 'cpu' or not (torch and torch['gpus'])
     return [*out, check_memory(free_memory(), needs.get('memory', 0), on_cpu)]
 
-def _libraries(config:Config, gpus:bool)->list[Finding]:
+def _libraries(config:Config, torch:dict|None)->list[Finding]:
     "Findings about libraries that may break, and about the tools of the system."
-    flash, hub, on_gpu = _installed('flash-attn') is not None, _wants_hub(config), gpus and config.run.device != 'cpu'
-    errors = import_errors(['torch.utils.tensorboard', 'wandb', 'transformers.models.llama'] + ['torchvision']*bool(_installed('torchvision'))
-                           + ['flash_attn']*flash + ['datasets']*bool(hub))
+    gpus, flash, vision = bool(torch and torch['gpus']), _installed('flash-attn') is not None, _installed('torchvision')
+    hub, on_gpu, wish = wants_hub(config), gpus and config.run.device != 'cpu', config.tracking.wandb
+    errors = import_errors(['torch.utils.tensorboard', 'wandb', 'transformers.models.llama'] + ['torchvision']*bool(vision) + ['flash_attn']*flash + ['datasets']*bool(hub))
     if 'transformers.models.llama' in errors: errors['transformers'] = errors['transformers.models.llama']
-    wish = config.tracking.wandb
     compiler = shutil.which(os.environ.get('CXX', 'g++')) or shutil.which('clang++')
     return [check_flash(gpus, flash, errors.get('flash_attn'), config.model.backend),
             *check_tracking(wish, wandb_mode(wish), wandb_mode('auto') == 'online', errors, config.tracking.tensorboard),
-            check_transformers(errors),
+            check_torchvision(vision, (torch or {}).get('version'), _requires('torchvision'), errors.get('torchvision')), check_transformers(errors),
             check_hub({k: v for k in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'TRANSFORMERS_OFFLINE') if (v := os.environ.get(k))}, hub, errors.get('datasets')),
             check_compiler(compiler, Path(sysconfig.get_paths()['include'], 'Python.h').exists(), bool(_installed('triton')), on_gpu, config.run.compile),
             check_slurm({t: shutil.which(t) for t in ('sbatch', 'squeue', 'scontrol')}, os.environ.get('SLURM_JOB_ID'))]
 
+# %% ../../nbs/7_launch/01_doctor.ipynb #6f920417
 def examine(
-    config:Config|None=None, # a run that is planned; None: the defaults, and no word about model and text
+    config:Config|ConfigError|None=None, # a run that is planned, or what is wrong with its settings; None: the defaults, and no word about what a config names
+    runs:Iterable[str]=(), # runs, run folders or checkpoints to look at too
+    folder:str|None=None, # the folder of the runs; None: as the config says
 )->list[Finding]:
-    "Look at this machine, and at a config. Writes nothing, changes nothing, uses no network."
-    plan, needs = config or Config(), {}
-    findings = [check_python(tuple(sys.version_info)), check_packages(_requires(), _installed)]
+    "Look at this machine, at a config and at checkpoints. Writes nothing, changes nothing, uses no network."
+    given = isinstance(config, Config)
+    plan, needs, about = config if given else Config(), {}, []
+    findings = [check_python(tuple(sys.version_info)), check_packages(_requires('llmlab'), _installed)]
     torch, error = ask('look_at_torch()')
-    about = [check_text(plan)] if config else []
-    if config and torch: needs = _needs(plan, about)
-    findings += _machine(plan, torch, error, needs) + _libraries(plan, bool(torch and torch['gpus']))
-    for name, folder, needed in (('runs', plan.run.folder, needs.get('run', 0)), ('cache', plan.packing.folder, 0)):
-        can_write = check_writable(name, folder)
-        findings.append(can_write if can_write.state == 'problem' else check_disk(name, Path(folder), shutil.disk_usage(standing(folder)).free, needed))
+    if isinstance(config, ConfigError): about.append(Finding('config', 'problem', str(config), 'Correct the keys that are named.'))
+    if given:
+        text = check_text(plan)
+        needs, model = _model(plan, bool(torch))
+        about += [Finding('config', 'ok', f'{plan.run.name}: {plan.data.name}, rows of {plan.packing.seq_len}'), text, check_tokenizer(plan), *([check_cache(plan)] if text.state == 'ok' else []), *model]
+    if torch: about += [_named_run(name, folder or plan.run.folder) for name in dict.fromkeys(runs)]
+    findings += _machine(plan, torch, error, needs) + _libraries(plan, torch)
+    for name, where, needed in (('runs', plan.run.folder, needs.get('run', 0)), ('cache', plan.packing.folder, 0)):
+        can_write = check_writable(name, where)
+        findings.append(can_write if can_write.state == 'problem' else check_disk(name, Path(where), shutil.disk_usage(standing(where)).free, needed))
     return findings + about
