@@ -79,7 +79,7 @@ def alias_table()->str:
     "Old names of settings, and their present ones."
     return table(['earlier files', 'present name'], [[f'`{old}`', f'`{new}`'] for old, (new, _) in config._aliases.items()])
 
-# %% ../nbs/91_reference.ipynb #943cd690
+# %% ../nbs/91_reference.ipynb #fcc09dfb
 def preset_tables()->str:
     "Each preset: what it is for, and what it sets."
     parts = []
@@ -87,7 +87,7 @@ def preset_tables()->str:
         lines = (config.preset_folder()/f'{name}.yaml').read_text(encoding='utf-8').splitlines()
         n = next(i for i, line in enumerate(lines) if not line.startswith('#'))
         about = ' '.join(line.lstrip('# ') for line in lines[:n])
-        parts += [f'## {name}', escaped(about), '\n'.join(['```yaml', *lines[n:], '```'])]
+        parts += [f'### {name}', escaped(about), '\n'.join(['```yaml', *lines[n:], '```'])]
     return '\n\n'.join(parts)
 
 # %% ../nbs/91_reference.ipynb #3b6a58ec
