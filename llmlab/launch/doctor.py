@@ -8,7 +8,7 @@ __all__ = ['Finding', 'exit_code', 'check_python', 'check_packages', 'look_at_to
            'check_tracking', 'check_torchvision', 'check_transformers', 'check_hub', 'check_compiler', 'check_slurm',
            'wants_hub', 'check_text', 'check_tokenizer', 'find_cache', 'check_cache', 'model_needs', 'tensor_shapes',
            'tuning_needs', 'check_checkpoint', 'check_run', 'check_base', 'mend', 'ask', 'try_import', 'import_errors',
-           'usable_cores', 'free_memory', 'nvidia_driver', 'examine']
+           'usable_cores', 'free_memory', 'nvidia_driver', 'plan_of', 'examine']
 
 # %% ../../nbs/7_launch/01_doctor.ipynb #34691af7
 import ast, importlib.metadata, json, os, re, shutil, signal, struct, subprocess, sys, sysconfig, tempfile
@@ -572,6 +572,23 @@ def _named_run(name:str, folder:str)->Finding:
     path = Path(name)
     try: return check_checkpoint(f'checkpoint {path.name}', path) if path.name.startswith('step-') or (path/'meta.json').exists() else check_run(find_run(name, folder))
     except LlmlabError as e: return Finding(f'run {name}', 'problem', str(e), '`llmlab_runs list` shows those that are there.')
+
+# %% ../../nbs/7_launch/01_doctor.ipynb #ad12842e
+def plan_of(
+    config:str|None, # a YAML file or a preset
+    overrides:Iterable[str]=(), # settings
+    runs:Iterable[str]=(), # runs, run folders or checkpoints: without a config, the settings of the first
+    folder:str|Path='runs', # the folder of the runs
+    say:Callable[[str], None]=lambda line: None, # told what was renamed or put right
+)->Config|ConfigError|None: # None: nothing is planned
+    "What a command line plans: its settings, or what is wrong with them."
+    first = next((p/'config.yaml' for name in list(runs)[:1] for q in (Path(folder)/name, Path(name)) for p in (q, q.parent.parent) if (p/'config.yaml').is_file()), None)
+    if not config and not overrides and first is None: return None
+    try: plan = load_config(config or first, overrides, say=say)
+    except ConfigError as e: return e
+    kept = first.parent/'base' if first and not config else None # what a fine-tuning started from lies in its own folder
+    if kept and plan.finetune.init and not Path(plan.finetune.init).exists() and kept.is_dir(): plan.finetune.init = str(kept.absolute())
+    return plan
 
 # %% ../../nbs/7_launch/01_doctor.ipynb #e85acf82
 def _machine(config:Config, torch:dict|None, error:str|None, needs:dict[str, int])->list[Finding]:

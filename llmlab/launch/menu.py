@@ -207,7 +207,7 @@ def checks(
     found.append(check_disk('disk', Path(config.run.folder), shutil.disk_usage(standing(config.run.folder)).free, needed))
     return found + ([check_step_memory(config)] if count else [])
 
-# %% ../../nbs/7_launch/02_menu.ipynb #c9506b97
+# %% ../../nbs/7_launch/02_menu.ipynb #8e9f0c95
 @dataclass(frozen=True)
 class Chosen:
     "What came out of the menu: arguments of `llmlab_train`."
@@ -216,8 +216,11 @@ class Chosen:
     resume: str|None = None          # a run to go on with
 
     @property
+    def words(self)->list[str]: # of the command line
+        return [*(['--config', self.config] if self.config else []), *(['--resume', self.resume] if self.resume else []), *self.overrides]
+    @property
     def command(self)->str: # as one would type it
-        return shlex.join(['llmlab_train', *(['--config', self.config] if self.config else []), *(['--resume', self.resume] if self.resume else []), *self.overrides])
+        return shlex.join(['llmlab_train', *self.words])
 
 # %% ../../nbs/7_launch/02_menu.ipynb #21c181e2
 Ask, Show = Callable[[str], str], Callable[[object], None]
