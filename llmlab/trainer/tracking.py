@@ -7,8 +7,8 @@ __all__ = ['VALIDATION', 'as_number', 'read_metrics', 'cut_after', 'write_csv', 
            'is_running', 'Files', 'as_text', 'TensorBoard', 'wandb_mode', 'WandB', 'Stopped', 'clock_time',
            'progress_line', 'screen_kind', 'Cell', 'how_it_ended', 'Screen', 'Tracker', 'open_tracker']
 
-# %% ../../nbs/4_trainer/03_tracking.ipynb #e1aee3db
-import csv, io, json, math, netrc, os, socket, sys, time
+# %% ../../nbs/4_trainer/03_tracking.ipynb #7e44135a
+import csv, io, json, math, netrc, os, socket, sys, time, traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -207,11 +207,11 @@ class WandB:
     def ids(self)->dict: return {'wandb': self.run.id}
     def finish(self, state:str='done', error:BaseException|None=None)->None: self.run.finish(exit_code=int(state == 'failed'))
 
-# %% ../../nbs/4_trainer/03_tracking.ipynb #a528f0f4
+# %% ../../nbs/4_trainer/03_tracking.ipynb #ad8f3103
 class Stopped(Exception):
     """The run was asked to stop and has saved a complete checkpoint; the same command with --resume goes on.
 
-    A notebook shows `advice` instead of a traceback: nothing went wrong."""
+    A notebook shows `advice` instead of a traceback: nothing went wrong. What the calls below held is let go then, or the network would stay in memory as long as the kernel remembers the error."""
     recipe = 'pretrain' # what goes on with the run
     def __init__(self,
         reason:str, # SIGINT, SIGTERM, SIGUSR1, or which limit was reached
@@ -230,7 +230,9 @@ class Stopped(Exception):
         return (f'{what} after step {self.step:,}. The checkpoint {self.checkpoint} is complete. To go on:\n'
                 f"    cfg, folder = resume_settings('{run}')\n    {self.recipe}(cfg, resume=folder)")
 
-    def _render_traceback_(self)->list[str]: return self.advice().splitlines()
+    def _render_traceback_(self)->list[str]: # asked by IPython
+        traceback.clear_frames(self.__traceback__)
+        return self.advice().splitlines()
 
 # %% ../../nbs/4_trainer/03_tracking.ipynb #6d8a8596
 def clock_time(seconds:float)->str:
@@ -286,13 +288,13 @@ class Cell:
         self.handle.update(self.bundle(), raw=True)
         self.drawn = time.monotonic()
 
-# %% ../../nbs/4_trainer/03_tracking.ipynb #27e77d7c
+# %% ../../nbs/4_trainer/03_tracking.ipynb #2976e8fd
 def how_it_ended(
     state:str, # done, stopped or failed
     error:BaseException|None, # that ended the run
 )->str: # empty where there is nothing more to say
     "How a run ended, for the person who looks at it in a notebook."
-    if isinstance(error, Stopped): return error.advice()
+    if isinstance(error, Stopped): return f'The checkpoint {error.checkpoint} is complete.' if error.checkpoint else 'Nothing was saved.' # how to go on, the error itself says
     if isinstance(error, KeyboardInterrupt): return 'Interrupted, and nothing was saved now: resuming goes on from the checkpoint before.'
     return '' if error is None else f'{type(error).__name__}: {error}'
 
