@@ -18,7 +18,7 @@ from ..files import LlmlabError
 from .runs import flat, printable, read_samples, results_of, setting_text, settings_of
 from .tracking import clock_time
 
-# %% ../../nbs/4_trainer/065_compare.ipynb #8270f8e0
+# %% ../../nbs/4_trainer/065_compare.ipynb #c5370084
 def _told(known:list[dict], settings:list[dict], key:str, own:Sequence[str])->list: # a value for each run
     "What the checkpoints say about `key`, or, where one of them says nothing, the settings that decide it."
     if all(key in k for k in known): return [k[key] for k in known]
@@ -43,7 +43,7 @@ def caveats(
     has_bits = all('val/bits_per_byte' in k['curves'] for k in known)
     differ = lambda key: len({str(s.get(key)) for s in settings}) > 1
     told = {'The tokenizers differ: nats per token, perplexity and accuracy of one run say nothing about another. ' + ('Compare bits per byte.' if has_bits else 'No number here can be compared: not every run has bits per byte (llmlab_eval measures them).'): different_tokenizers(known, settings),
-            'A bound is an upper limit: the true loss of those runs is lower, nobody knows by how much.': len(bounds) > 1,
+            'A bound is an upper limit: the true loss of those runs is lower, nobody knows by how much. Their accuracy is that of masked tokens.': len(bounds) > 1,
             'Not the same text was learned from.': len(set(_told(known, settings, 'corpus', TEXT))) > 1,
             'The rows differ in length: in a longer row a token has more before it, and costs less.': differ('packing.seq_len')}
     return [text for text, holds in told.items() if holds]
@@ -139,21 +139,21 @@ def compare(
     own = different_tokenizers(known, settings)
     return Comparison(names_for(folders), folders, known, differ, metric_lines([k['curves'] for k in known], own), caveats(known, settings), own, *common_samples([read_samples(p) for p in folders]))
 
-# %% ../../nbs/4_trainer/065_compare.ipynb #40895c75
+# %% ../../nbs/4_trainer/065_compare.ipynb #15fcb147
 def _grid(head:list[str], rows:list[list[str]], right:bool=True):
     from rich.table import Table
     table = Table(box=None, header_style='bold', pad_edge=False, padding=(0, 2, 0, 0))
     for i, name in enumerate(head): table.add_column(Text(name), justify='right' if right and i else 'left', overflow='fold')
-    for row in rows: table.add_row(*map(Text, row))
+    for row in rows: table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 def _sample_blocks(c:Comparison, width:int):
-    "The samples: a column for each run where there is room for 30 characters, else below each other."
+    "The samples: a column for each run where there is room for 25 characters, else below each other."
     where = [f'{n}, step {s:,}' if s is not None else n for n, s in zip(c.names, c.steps)]
     for prompt, texts in c.samples.items():
-        said = [printable(f'{prompt}{t}') if t is not None else '' for t in texts]
-        if width >= 30*len(said): yield _grid(where, [said], right=False)
-        else: yield from (Text(f'{name}\n  ' + text.replace('\n', '\n  ')) for name, text in zip(where, said))
+        said = {name: printable(f'{prompt}{t}') for name, t in zip(where, texts) if t is not None}
+        if width >= 25*len(said): yield _grid([*said], [[*said.values()]], right=False)
+        else: yield from (Text(f'{name}\n  ' + text.replace('\n', '\n  ')) for name, text in said.items())
         yield Text('')
 
 @patch

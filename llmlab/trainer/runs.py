@@ -312,7 +312,7 @@ def read_samples(
     files = {int(p.stem.removeprefix('step-')): p for p in (Path(path)/'samples').glob('step-*.jsonl') if p.stem.removeprefix('step-').isdigit()}
     return {step: read_jsonl(files[step]) for step in sorted(files)}
 
-# %% ../../nbs/4_trainer/05_runs.ipynb #938f5453
+# %% ../../nbs/4_trainer/05_runs.ipynb #39e307e7
 def elapsed(
     records:list[dict], # of metrics.jsonl
     pause:float=60., # seconds; a shorter interval is never a pause
@@ -326,16 +326,16 @@ def elapsed(
 
 def results_of(
     path:str|Path, # a run folder
-)->dict[str, object]: # state, step, total_steps, seconds, tokens_per_sec, what `of_checkpoint` gives, and `curves`
+)->dict[str, object]: # state, step, total_steps, seconds, clock (step -> seconds), tokens_per_sec, what `of_checkpoint` gives, and `curves`
     "The results of a run: what it has done, how fast, and all its curves."
     path, info = Path(path), look_at(path)
     if info.state == 'broken': raise LlmlabError(f'{path} is broken: {info.problem}')
     records = [r for r in read_jsonl(path/'metrics.jsonl') if 'time' in r] if (path/'metrics.jsonl').exists() else []
     curves = read_metrics(path) if (path/'metrics.jsonl').exists() else {}
     speeds = [v for _, v in curves.get('train/tokens_per_sec', [])]
-    known = of_checkpoint(path)
+    times, known = elapsed(records), of_checkpoint(path)
     if 'tokens_per_step' in known: known['tokens'] = round(known['tokens_per_step']*info.step)
-    return {'state': info.state, 'step': info.step, 'total_steps': info.total_steps, 'seconds': elapsed(records)[-1] if len(records) > 1 else None,
+    return {'state': info.state, 'step': info.step, 'total_steps': info.total_steps, 'seconds': times[-1] if len(times) > 1 else None, 'clock': {r['step']: t for r, t in zip(records, times)},
             'tokens_per_sec': statistics.median(speeds) if speeds else None, 'curves': curves} | known
 
 # %% ../../nbs/4_trainer/05_runs.ipynb #4c5b2c4c
