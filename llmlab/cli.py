@@ -83,7 +83,7 @@ def _settings(config:str|None, overrides:list[str], under:str|None=None):
     from llmlab.config import load_config
     return load_config(config, overrides, say=print, under=under)
 
-# %% ../nbs/90_cli.ipynb #d31c1c64
+# %% ../nbs/90_cli.ipynb #e01227b8
 def _compare_baseline(config:str|None, overrides:list[str], resume:str|None, stop_after:str|None)->None:
     "Both arms of a comparison, and what came out."
     from llmlab.config import load_config
@@ -108,6 +108,11 @@ def _run_or_resume(config:str|None, overrides:list[str], resume:str|None, stop_a
     except Stopped as e: raise RunAgain(f'{e}\nGo on with: llmlab_{"finetune" if tuning else "train"} --resume' + (f' {e.checkpoint.parent.parent}' if e.checkpoint else '')) from e
     if not int(os.environ.get('RANK', 0)): print(result) # (of several ranks one speaks)
 
+def _at_a_terminal()->bool:
+    "Whether there is somebody to ask: a keyboard and a screen, and not one of many ranks."
+    screens = [s is not None and s.isatty() for s in (sys.stdin, sys.stdout)]
+    return all(screens) and os.environ.get('TERM', 'dumb') != 'dumb' and 'RANK' not in os.environ
+
 @door
 def train(
     overrides:_overrides=(),
@@ -120,7 +125,12 @@ def train(
     verbose:_verbose=False,
     offline:_offline=False,
 )->None:
-    "Train a language model: prepare what is missing, train, validate, sample, plot."
+    "Train a language model: prepare what is missing, train, validate, sample, plot. Without a word, in a terminal: a menu."
+    if not any((overrides, config, resume, stop_after, check, compare_baseline, no_gpu_dataloader)) and _at_a_terminal():
+        from llmlab.launch.menu import open_menu
+        if (chosen := open_menu()) is None: return
+        config, overrides, resume = chosen.config, chosen.overrides, chosen.resume
+        sys.argv[1:] = chosen.words # so that the run notes the command that does the same
     if resume and config: raise LlmlabError('--resume goes on with the settings of the run: leave --config out. Single settings may be changed, as trainer.max_steps=2000.')
     overrides = [*overrides, *(['loader.device_prefetch=false'] if no_gpu_dataloader else [])]
     if check:
@@ -453,20 +463,27 @@ def runs(
     "List, show, compare, plot or delete runs."
     _actions[action](Path(folder), list(names))
 
-# %% ../nbs/90_cli.ipynb #0c8059f0
+# %% ../nbs/90_cli.ipynb #7813dd9a
 @door
 def doctor(
     overrides:_overrides=(),
     config:_config=None,
+    run:Param('look at every byte of this run, run folder or checkpoint too; may be given several times. Without --config the settings are those of the first', str, action='append')=None,
+    fix:Param('first do the repairs that are safe, and say each: missing folders, leftovers of writers that were killed, runs that say they run', bool)=False,
+    runs:_runs='runs',
     verbose:_verbose=False,
     offline:_offline=False,
 )->None:
-    "Look at this machine, and at a config: what is wrong and what to do. Exit code 1 if there is a problem."
+    "Look at this machine, a config and checkpoints: what is wrong and what to do. Exit code 1 if there is a problem."
     from rich.table import Table
-    from llmlab.launch.doctor import examine, exit_code
-    findings = examine(_settings(config, overrides) if config or overrides else None)
+    from rich.text import Text
+    from llmlab.config import Config
+    from llmlab.launch.doctor import examine, exit_code, mend, plan_of
+    plan = plan_of(config, overrides, run or (), runs, say=print)
+    if fix: print(*(mend(plan if isinstance(plan, Config) else Config(run={'folder': runs})) or ['nothing that is safe to mend']), sep='\n', end='\n\n')
+    findings = examine(plan, run or (), runs)
     table, colour = Table(box=None, show_header=False), {'ok': 'green', 'warning': 'yellow', 'problem': 'bold red'}
-    for f in findings: table.add_row(f'[{colour[f.state]}]{f.state}[/]', f.about, f'{f.seen}' + (f'\n{f.advice}' if f.advice else ''))
+    for f in findings: table.add_row(Text(f.state, colour[f.state]), f.about, Text(f'{f.seen}' + (f'\n{f.advice}' if f.advice else ''))) # (as it is: '.[dev]' is no markup)
     _print(table)
     if exit_code(findings): raise LlmlabError('there are problems: do what the lines above say, then look again.')
 
