@@ -2,7 +2,7 @@
 import json, random, re
 from collections import Counter
 from html.parser import HTMLParser
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from rich.console import Console
 from io import StringIO
@@ -11,7 +11,8 @@ from llmlab.data.corpora import Document
 from llmlab.data.tokenizer import build_tokenizer
 from llmlab.files import CacheError, ConfigError, hash_bytes
 from llmlab.packing.cache import DamagedChunk, build_cache
-from llmlab.packing.inspect import check_report_name, count_lengths, facts, print_report, printed, report, show_row, size, view_row, visible, write_report
+from llmlab.packing.inspect import check_report_name, count_lengths, facts, print_report, printed, report, show_batch, show_row, size, view_row, visible, write_report
+from llmlab.packing.loader import Batch, Loader
 from llmlab.packing.packer import STRATEGIES, pack
 
 class Texts:
@@ -175,6 +176,45 @@ def test_any_bytes_can_be_shown(texts, row_tokens):
         for s in v.spans: assert s.text in tags.text
         squeezed = lambda t: re.sub(r'[\s┃]', '', t)
         for s in v.spans: assert squeezed(s.text) in squeezed(text) # nothing taken for markup, nothing lost at a line's end
+
+# --- batches
+
+def a_batch(texts, T, prompt=0):
+    "Rows of framed texts, packed; the first `prompt` targets of each document do not count."
+    p = pack([np.array([257, *t, 258], np.uint16) for t in texts], T+1, pad_id=256)
+    stored, document, weights = torch.from_numpy(p.tokens.astype(np.int64)), torch.full((p.num_rows, T+1), -1), torch.zeros(p.num_rows, T)
+    for r in range(p.num_rows):
+        at = 0
+        for i, s in enumerate(range(*p.row_spans[r:r+2])):
+            n = int(p.length[s])
+            document[r, at:at+n] = i
+            weights[r, at+min(prompt, n-1):at+n-1] = 1
+            at += n
+    return Batch(stored[:, :-1], stored[:, 1:], weights, document[:, :-1])
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.binary(max_size=30), st.sampled_from([b'</span><script>', b'"\'>&lt;', b'\x1b[2J\x07\r\x00\n', b'[red]x[/red]'])), min_size=1, max_size=5), st.integers(4, 40), st.integers(0, 5))
+def test_a_batch_shows_what_counts(texts, T, prompt):
+    batch = a_batch(texts, T, prompt)
+    v = show_batch(batch, byte(), rows=99)
+    assert v.counts['target'] == batch.num_targets and sum(v.counts.values()) == len(v.rows)*(T+1) and v.seq_len == T
+    for r, row in enumerate(v.rows):
+        assert sum(p.tokens for p in row) == T+1
+        kinds = ''.join({'target': 't', 'context': 'c', 'padding': 'p'}[p.kind]*p.tokens for p in row)
+        assert [k == 't' for k in kinds[1:]] == (batch.weights[r] > 0).tolist() and kinds.rstrip('p').count('p') == 0
+        assert all((a.kind, a.document) != (b.kind, b.document) for a, b in zip(row, row[1:]))
+    text, tags = printed(v, width=40), Tags(v._repr_html_())
+    assert all(c.isprintable() or c == '\n' for c in text)
+    assert not tags.open and set(tags.seen) <= {'div', 'b', 'span'}
+    assert all(p.text in tags.text for row in v.rows for p in row) and text.count('┏') == tags.seen['span']-4-sum(p.kind == 'padding' or i > 0 and p.document == row[i-1].document for row in v.rows for i, p in enumerate(row))
+
+def test_of_a_large_batch_a_few_rows(cache):
+    batch = next(Loader(cache, 8, seed=0, workers=0))
+    v = show_batch(batch, byte(), rows=2)
+    assert len(v.rows) == 2 and v.total == 8 and '... 6 more rows' in str(v) and '6 more rows' in v._repr_html_() and repr(v).startswith('<batch of 8 rows of 48: ')
+    out = StringIO()
+    Console(file=out, force_terminal=True, color_system='truecolor', width=60).print(v)
+    assert '\x1b[' in out.getvalue() and '\x1b' not in str(v)
 
 # --- tables and files
 
