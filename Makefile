@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: train test export lab clean
+.PHONY: train test export lab docs clean
 train: $(READY)
 	@$(BIN)/llmlab_train --config quickstart
 
@@ -14,6 +14,10 @@ test: $(READY)
 # after editing notebooks: write the modules, clean the notebooks, write the README
 export: $(READY)
 	@$(BIN)/python tests/check.py --write
+
+# the book as a website, in _docs
+docs: $(READY)
+	@$(BIN)/python nbs/_site/build.py
 
 lab: $(READY)
 	@$(BIN)/jupyter lab nbs
