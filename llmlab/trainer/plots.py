@@ -6,8 +6,8 @@
 __all__ = ['PICTURES', 'Picture', 'moving_mean', 'upper_limit', 'new_figure', 'png_of', 'as_label', 'figure_of', 'draw', 'gates',
            'draw_gates', 'plot_run', 'comparison_figure', 'draw_comparison', 'comparison_place']
 
-# %% ../../nbs/4_trainer/06_plots.ipynb #c6c7ef65
-import io, re
+# %% ../../nbs/4_trainer/06_plots.ipynb #56f79303
+import io, math, re
 from dataclasses import dataclass
 from pathlib import Path
 from ..files import DataError, hash_json, write_whole
@@ -145,7 +145,7 @@ def plot_run(
     drawn = [write_whole(folder/'plots'/f'{p.file}.png', draw(p, curves, folder.name)) for p in pictures]
     return drawn + ([write_whole(folder/'plots'/'gates.png', draw_gates(curves, folder.name))] if gates(curves) else [])
 
-# %% ../../nbs/4_trainer/06_plots.ipynb #77120286
+# %% ../../nbs/4_trainer/06_plots.ipynb #5548d93c
 def _curve_names(c:Comparison)->tuple[str|None, str, str]: # faint, strong, label of the axis
     bits = c.own_tokens and all('val/bits_per_byte' in r['curves'] for r in c.results)
     return (None, 'val/bits_per_byte', 'bits per byte') if bits else ('train/loss', 'val/loss', 'nats per token')
@@ -156,7 +156,7 @@ def _rulers(c:Comparison)->list[tuple[str, list]]: # label of an axis, and for e
     if all(per_step) and max(per_step) > 1.01*min(per_step): return rulers + [('million tokens', [lambda s, n=n: s*n/1e6 for n in per_step])]
     if not all(r['seconds'] for r in c.results): return rulers
     unit, many = ('hours', 3600) if max(r['seconds'] for r in c.results) > 7200 else ('minutes', 60)
-    return rulers + [(f'{unit} of work', [lambda s, r=r: r['clock'][s]/many for r in c.results])]
+    return rulers + [(f'{unit} of work', [lambda s, r=r: r['clock'].get(s, math.nan)/many for r in c.results])]
 
 def _draw_run(ax, results:dict, name:str, colour:str, ruler, faint:str|None, strong:str)->list[float]: # the values, for the limits
     curves, drawn = results['curves'], []
