@@ -415,53 +415,73 @@ def export(
     from llmlab.export import export as work
     work(run, folder, best=best, runs=runs, adapter=adapter, base=base, force=force)
 
-# %% ../nbs/90_cli.ipynb #edb39b8b
+# %% ../nbs/90_cli.ipynb #ce90626e
 def _print(table)->None:
     "A rich table, as wide as it needs to be where no terminal limits it."
     from rich.console import Console
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
-def _list(folder:Path, names:list[str])->None:
-    from llmlab.trainer.runs import list_runs, runs_table
-    found = list_runs(folder)
+def _list(folder:Path, names:list[str], sort:str|None)->None:
+    from llmlab.trainer.runs import Runs, find_runs, list_runs
+    found = list_runs(folder, sort)
+    if names: found = Runs(r for r in found if r.path.resolve() in [p.resolve() for p in find_runs(names, folder)])
     if not found: print(f'No runs in {folder}. Train one: llmlab_train'); return
-    _print(runs_table(found))
+    _print(found)
 
 def _show(folder:Path, names:list[str])->None:
-    from llmlab.trainer.runs import find_run, show
-    for name in names or ['last']:
-        facts = show(find_run(name, folder))
-        width = max(map(len, facts))
-        print('\n'.join(f'{k:<{width}}  {v:.6g}' if isinstance(v, float) else f'{k:<{width}}  {v}' for k, v in facts.items()))
+    from llmlab.trainer.runs import card_table, find_runs
+    for path in find_runs(names or ['last'], folder): _print(card_table(path))
 
-def _compare(folder:Path, names:list[str])->None:
-    from llmlab.trainer.runs import compare_table, find_run
-    if len(names) != 2: raise LlmlabError(f'compare takes two runs, and got {len(names)}: llmlab_runs compare RUN RUN')
-    _print(compare_table(*(find_run(n, folder) for n in names)))
+def _compare(folder:Path, names:list[str], output:str|None)->None:
+    from llmlab.files import DataError, write_whole
+    from llmlab.trainer.compare import compare
+    from llmlab.trainer.plots import comparison_place, draw_comparison
+    from llmlab.trainer.runs import find_runs
+    c = compare(*find_runs(names, folder))
+    _print(c)
+    try: print(write_whole(output or comparison_place(c, 'png'), draw_comparison(c)))
+    except DataError as e: print(e)
 
 def _plot(folder:Path, names:list[str])->None:
     from llmlab.trainer.plots import plot_run
-    from llmlab.trainer.runs import find_run
-    for name in names or ['last']: print(*plot_run(find_run(name, folder)), sep='\n')
+    from llmlab.trainer.runs import find_runs
+    for path in find_runs(names or ['last'], folder): print(*plot_run(path), sep='\n')
 
-def _delete(folder:Path, names:list[str])->None:
-    from llmlab.trainer.runs import delete, find_run
-    if not names: raise LlmlabError('delete takes the names of the runs to delete.')
-    for path in [find_run(n, folder) for n in names]: delete(path); print(f'deleted {path}')
+def _report(folder:Path, names:list[str], output:str|None)->None:
+    from llmlab.trainer.report import write_report
+    from llmlab.trainer.runs import find_runs
+    print(write_report(find_runs(names or ['last'], folder), output))
 
-# %% ../nbs/90_cli.ipynb #053e26fb
-_actions = {'list': _list, 'show': _show, 'compare': _compare, 'plot': _plot, 'delete': _delete}
+def _export_log(folder:Path, names:list[str], output:str|None)->None:
+    from llmlab.trainer.report import write_log
+    from llmlab.trainer.runs import find_runs
+    paths = find_runs(names or ['last'], folder)
+    if output and len(paths) > 1: raise LlmlabError(f'--output names one file, and {len(paths)} runs were named: leave it out, and each log goes into the folder of its run.')
+    for path in paths: print(write_log(path, output))
+
+def _delete(folder:Path, names:list[str], yes:bool)->None:
+    from llmlab.trainer.runs import delete_runs
+    delete_runs(names, folder, yes, ask=input if sys.stdin.isatty() and sys.stdout.isatty() else None)
+
+# %% ../nbs/90_cli.ipynb #a3b001a2
+_actions = {'list': (_list, 'sort'), 'show': (_show,), 'compare': (_compare, 'output'), 'plot': (_plot,), 'report': (_report, 'output'), 'export': (_export_log, 'output'), 'delete': (_delete, 'yes')} # and the options of each
 
 @door
 def runs(
     action:Param('what to do', str, opt=False, nargs='?', choices=tuple(_actions))='list',
-    names:Param('runs, by name or folder', str, opt=False, nargs='*')=(),
+    names:Param("runs: names, folders, or patterns in quotes such as 'tiny-*'", str, opt=False, nargs='*')=(),
     folder:Param('the folder of the runs', str)='runs',
+    sort:Param('list: val_loss, started, name or step; without it, in the order in which they were last written to', str, choices=('val_loss', 'started', 'name', 'step'))=None,
+    output:Param('compare, report, export: the file to write (.png, .html, .json)', str)=None,
+    yes:Param('delete: do not ask', bool)=False,
     verbose:_verbose=False,
     offline:_offline=False,
 )->None:
-    "List, show, compare, plot or delete runs."
-    _actions[action](Path(folder), list(names))
+    "List, show, compare, plot, report, export or delete runs."
+    work, *takes = _actions[action]
+    given = {'sort': sort, 'output': output, 'yes': yes}
+    if wrong := [o for o, v in given.items() if v and o not in takes]: raise ConfigError(f'{", ".join("--"+o for o in wrong)}: not for llmlab_runs {action}.')
+    work(Path(folder), list(names), **{o: given[o] for o in takes})
 
 # %% ../nbs/90_cli.ipynb #7813dd9a
 @door
