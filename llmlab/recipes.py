@@ -322,7 +322,7 @@ def validator(
         with parts.averaged(): return look(state)
     return validate
 
-# %% ../nbs/80_recipes.ipynb #ea7a0d11
+# %% ../nbs/80_recipes.ipynb #1b117763
 def settle_shift(
     cfg:Config, # all settings
     say:Callable[[str], None]=print, # told what is decided
@@ -351,7 +351,7 @@ def begin_from(
     if its_own.fingerprint != tokenizer.fingerprint:
         raise CheckpointError(f'{path} was trained with another tokenizer ({its_own} there, {tokenizer} here). Use it here too: tokenizer.path={path/"tokenizer.json"}')
     fresh = start_from(network, other)
-    if other['architecture'] == 'ar' and objective.name != 'ar':
+    if other['architecture'] == 'ar' and not objective.causal:
         with torch.no_grad(): network.embed.weight[tokenizer.mask_id] = network.embed.weight.mean(0)
     say(f'Weights of {path} ({other["architecture"]}, step {other["global_step"]:,})' + (f'; new: {", ".join(fresh)}' if fresh else ''))
 

@@ -6,7 +6,7 @@
 __all__ = ['PROBED', 'looking', 'Scores', 'score', 'evaluate', 'text_rows', 'batches_of', 'read_texts', 'evaluate_text',
            'OpenModel', 'load_whole', 'open_model', 'samples', 'generation_speed']
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #2107c726
+# %% ../../nbs/5_eval/01_evaluate.ipynb #c7d2194e
 import contextlib, statistics, time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..files import CheckpointError, ConfigError, DataError, LlmlabError
 from ..models.lora import lora_again, merge_lora
 from ..models.objective import Objective
 from ..models.transformer import Shape, build
-from ..models.zoo import OBJECTIVES, add_extras, make_objective
+from ..models.zoo import add_extras, known_families, make_objective
 from ..packing.loader import Batch, as_window, assemble
 from ..packing.packer import Packed, framed, pack
 from ..trainer.checkpoint import find_checkpoint, load_checkpoint, load_weights, start_from
@@ -204,7 +204,7 @@ def load_whole(
     merged = open_model(checkpoint, base=base, merge=True).network.state_dict()
     return {k: v for k, v in state.items() if k != 'adapter'} | {'model_state_dict': merged, 'ema_state_dict': None}
 
-# %% ../../nbs/5_eval/01_evaluate.ipynb #c395eb59
+# %% ../../nbs/5_eval/01_evaluate.ipynb #318bd35c
 def _network(state:dict, path:Path, objective:Objective, backend:str, base:str|Path|None)->nn.Module: # with the base's weights, if its own are adapters
     adapter, config = state.get('adapter'), state['model_config']
     if config.get('kind') == 'hf':
@@ -231,7 +231,9 @@ def open_model(
     "Network, objective and tokenizer of a checkpoint. Raises `CheckpointError`."
     state = load_checkpoint(checkpoint, training=False)
     kind, path = state['architecture'], Path(checkpoint)
-    if kind not in OBJECTIVES: raise CheckpointError(f'{path} holds a model of the family {kind!r}; this llmlab knows {", ".join(OBJECTIVES)}. Install a newer llmlab.')
+    if kind not in (known := known_families()):
+        file = (state['train_config'].get('model') or {}).get('file') or 'FILE.py' # (named, and not run: who opens a checkpoint decides what runs)
+        raise CheckpointError(f'{path} holds a model of the family {kind!r}; known here are {", ".join(known)}. If it is one of your own, name its file before the command, LLMLAB_FAMILY={file}, or call add_family in Python. Else install a newer llmlab.')
     try:
         settings, tokenizer = Model.model_validate(state['train_config'].get('model', {}) | {'architecture': kind}), load_tokenizer(path)
         objective = make_objective(settings, tokenizer.special)

@@ -62,8 +62,8 @@ def find_base(
         except LlmlabError as e: raise LlmlabError(f'{e} Or is it the folder of a Hugging Face model (with a config.json)? It is not here.') from e
     return Base(_from_hub(init, say), False)
 
-# %% ../../nbs/6_finetune/00_sft.ipynb #69091d01
-_free = {'backend', 'init'} # of the section model: how it is computed, not what it is
+# %% ../../nbs/6_finetune/00_sft.ipynb #c3bf6f1d
+_free = {'backend', 'init', 'file'} # of the section model: how it is computed and where it is written, not what it is
 
 def settle_base(
     cfg:Config, # all settings; finetune.init names the model
@@ -76,7 +76,7 @@ def settle_base(
     cfg.finetune.init = str(base.path)
     if base.ours:
         meta = read_json(base.path/'meta.json', CheckpointError)
-        model = Model.model_validate(meta['train_config'].get('model', {}) | {'architecture': meta['architecture'], 'init': None, 'backend': cfg.model.backend})
+        model = Model.model_validate(meta['train_config'].get('model', {}) | {'architecture': meta['architecture'], 'init': None, 'backend': cfg.model.backend, 'file': cfg.model.file}) # (no file is run because a checkpoint names it)
         asked, has = cfg.model.model_dump(include=cfg.model.model_fields_set-_free), model.model_dump()
         default = Model().model_dump()
         if wrong := [f'model.{k} is {asked[k]!r} here and {has[k]!r} there' for k in asked if asked[k] not in (has[k], default[k])]:

@@ -376,7 +376,7 @@ def _divided(parts:dict[str, int], phase:str, cfg:Config, network:nn.Module, sha
     if narrow < 4: out['activations'] = max(0, out['activations']-int(kept*narrow*in_blocks))
     return out | {'gathered': 4*rest + 2*narrow*block + (narrow+4)*block*(phase == 'backward')}
 
-# %% ../../nbs/4_trainer/042_memory.ipynb #2d5fa53c
+# %% ../../nbs/4_trainer/042_memory.ipynb #0b06bc89
 def _vocabulary(cfg:Config)->tuple[int, list[str]]: # its size; what was assumed
     known = {'bpe': cfg.tokenizer.vocab_size, 'byte': 262}
     if cfg.tokenizer.kind in known: return known[cfg.tokenizer.kind], []
@@ -417,7 +417,7 @@ def estimate(
     beside = _beside(cfg, device, rows, micro, cache_rows, static) | ({'allocator': kept} if kept else {})
     if device == 'cuda': assumed.append(f'{_gb(CONTEXT)} for the CUDA context; fused attention; a network that is not compiled (compiled it keeps less)')
     elif cache_rows is None: assumed.append('a cache that fills two windows of the loader')
-    if cfg.model.architecture != 'ar': assumed.append('every token hidden at once, the worst batch that there can be')
+    if cfg.model.architecture in ('diffusion', 'sdd'): assumed.append('every token hidden at once, the worst batch that there can be')
     return Estimate({p: parts | beside for p, parts in phases.items()}, device, rows, sum(p.numel() for p in network.parameters()), tuple(assumed))
 
 # %% ../../nbs/4_trainer/042_memory.ipynb #ae0cf67d
