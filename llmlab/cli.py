@@ -45,7 +45,7 @@ def run_door(
         sys.stdout.flush()
         raise SystemExit(code) from None
 
-# %% ../nbs/90_cli.ipynb #ac15b57e
+# %% ../nbs/90_cli.ipynb #06b5ad4f
 _setting = re.compile(r'-{0,2}[A-Za-z_]\w*(\.\w+)*=')
 
 def tidy(
@@ -68,6 +68,7 @@ def door(func:Callable)->Callable[[list[str]|None], None]:
         run_door(functools.partial(func, **args), args.pop('verbose'), args.pop('offline'))
     command.__annotations__ = {'argv': list[str]|None, 'return': None}
     del command.__wrapped__ # its parameters are those of `command`
+    command.parser = parser # for the reference
     return command
 
 # %% ../nbs/90_cli.ipynb #c659454b
