@@ -8,13 +8,15 @@ __all__ = ['FAMILIES', 'Section', 'Run', 'Data', 'Tokenizer', 'Packing', 'Sample
            'parse_value', 'Source', 'read_yaml', 'preset_folder', 'presets', 'find_config', 'read_config',
            'read_overrides', 'nearest_key', 'sampler_contradictions', 'contradictions', 'load_config', 'settings_table']
 
-# %% ../nbs/01_config.ipynb #c8151f21
+# %% ../nbs/01_config.ipynb #209b6929
 import difflib, os, re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import yaml
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .files import ConfigError, hash_json, write_whole
 
@@ -308,6 +310,48 @@ class Config(Section):
     def hash(self)->str:
         "A fingerprint of all settings."
         return hash_json(self.to_dict())
+
+# %% ../nbs/01_config.ipynb #e65bda47
+def _settings(section:Section, prefix:str='')->dict[str, tuple[Any, Any, str]]: # dotted key -> value, default, description
+    out = {}
+    for name, f in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section): out |= _settings(value, f'{prefix}{name}.')
+        else: out[prefix+name] = value, f.get_default(call_default_factory=True), f.description or ''
+    return out
+
+@patch
+def changed(self:Config)->dict[str, Any]: # dotted key -> value
+    "The settings that are not the defaults."
+    return {k: v for k, (v, default, _) in _settings(self).items() if v != default}
+
+def _typed(value:Any)->str: # as it is typed
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix('...\n').strip()
+
+@patch
+def __repr__(self:Config)->str: return f"Config({', '.join(f'{k}={_typed(v)}' for k, v in self.changed().items())})"
+
+@patch
+def __str__(self:Config)->str:
+    changed = {k: _typed(v) for k, v in self.changed().items()}
+    width = max(map(len, changed), default=0)
+    return '\n'.join(f'{k:<{width}}  {v}' for k, v in changed.items()) + ('\n' if changed else '') + f'and {len(_settings(self))-len(changed)} settings as by default'
+
+# %% ../nbs/01_config.ipynb #4c20df75
+@patch
+def _repr_html_(self:Config)->str:
+    def one(key:str, value:Any, default:Any, description:str, bold:bool)->str:
+        shown, says = f'{key} = {_typed(value)}', description + (f' (default: {_typed(default)})' if bold else '')
+        return f'<span title="{escape(says)}" style="margin-right:14px{";font-weight:bold" if bold else ""}">{escape(shown)}</span> '
+    lines = []
+    for name in type(self).model_fields:
+        settings = _settings(getattr(self, name))
+        changed = {k: x for k, x in settings.items() if x[0] != x[1]}
+        rest = {k: x for k, x in settings.items() if k not in changed}
+        cell = ''.join(one(k, *x, True) for k, x in changed.items())
+        cell += f'<details style="opacity:.75"><summary>{len(rest)} as by default</summary>{"".join(one(k, *x, False) for k, x in rest.items())}</details>' if rest else ''
+        lines.append(f'<tr style="vertical-align:top"><th style="text-align:left;padding:2px 14px 2px 0">{name}</th><td style="text-align:left;padding:2px 0">{cell}</td></tr>')
+    return '<table style="border-collapse:collapse;font:12px/1.5 monospace;color:inherit;max-width:860px">' + ''.join(lines) + '</table>'
 
 # %% ../nbs/01_config.ipynb #4193e0fe
 class _Yaml(yaml.SafeLoader):

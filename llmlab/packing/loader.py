@@ -7,7 +7,7 @@ __all__ = ['WINDOW_TOKENS', 'Batch', 'Window', 'as_window', 'Drawn', 'draw_rows'
            'Reader', 'RowReader', 'reader_of', 'Ahead', 'fill', 'Transport', 'check_same', 'check_state',
            'first_chunks', 'history_now', 'grown_since', 'window_chunks', 'Loader', 'in_order']
 
-# %% ../../nbs/2_packing/02_loader.ipynb #5707c6c7
+# %% ../../nbs/2_packing/02_loader.ipynb #b226e73e
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 import numpy as np, torch
 from torch import Tensor
+from fastcore.basics import patch
 from ..files import CacheError
 from .cache import Cache
 from .order import Order
@@ -419,6 +420,12 @@ class Loader:
         "End the background threads. `next` starts them again."
         self._ahead.close()
         self._reader.close()
+
+# %% ../../nbs/2_packing/02_loader.ipynb #06e3d08f
+@patch
+def __repr__(self:Loader)->str:
+    of = '' if self.world == 1 else f', rank {self.rank} of {self.world}'
+    return f'Loader: {self.batch_rows:,} rows of {self.cache.seq_len:,} in a batch{of}; {self.position:,} rows given, {self.rows_per_epoch:,} in an epoch'
 
 # %% ../../nbs/2_packing/02_loader.ipynb #6017db70
 def in_order(

@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'SHARDED', 'KEYS', 'TENSORS', 'SORTS', 'own_network', 'save_checkpoint', 'checkpoint_name', 'check_files',
-           'is_complete', 'list_checkpoints', 'latest', 'best', 'find_checkpoint', 'load_checkpoint', 'prune', 'rewind',
-           'TrainState', 'Stateful', 'capture', 'averaged_weights', 'load_weights', 'restore', 'start_from',
-           'consolidate', 'Saver', 'checkpointer']
+           'is_complete', 'list_checkpoints', 'latest', 'best', 'find_checkpoint', 'CheckpointView', 'show_checkpoint',
+           'load_checkpoint', 'prune', 'rewind', 'TrainState', 'Stateful', 'capture', 'averaged_weights',
+           'load_weights', 'restore', 'start_from', 'consolidate', 'Saver', 'checkpointer']
 
-# %% ../../nbs/4_trainer/02_checkpoint.ipynb #080d8d5d
-import contextlib, os, pickle, re, shutil
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #a68e51a6
+import contextlib, math, os, pickle, re, shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Protocol
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from ..files import CheckpointError, disk_errors, hash_file, hash_json, read_json, sweep, whole_file, whole_folder, write_json
 from ..models.lora import own_weights, same_base
+from ..packing.inspect import size
 from .parallel import OtherRank, own_share, Team
 from .sharded import Background, Copies, each_tensor, is_shared, memory_of, own_line, put_in, read_shards, take_out, together, write_shards
 
@@ -204,6 +206,55 @@ def find_checkpoint(
     found = (best(folder) if which == 'best' else None) or latest(folder, say)
     if found is None: raise CheckpointError(f'{path} has no complete checkpoint. Train first, or name another run.')
     return found
+
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #6bbd9cc3
+@dataclass(frozen=True, repr=False)
+class CheckpointView:
+    "A checkpoint, readable: print it, or leave it at the end of a notebook cell."
+    path:Path
+    facts:dict[str, str]   # name -> value
+    files:dict[str, int]   # name -> bytes
+    wrong:list[str]        # what is wrong with its files (`check_files`, without hashes); empty: complete
+
+    def lines(self)->list[tuple[str, str]]:
+        "What is shown, as names and values."
+        total = sum(self.files.values())
+        return [*self.facts.items(), ('on disk', f'{size(total)} in {len(self.files)} files'), ('state', '; '.join(self.wrong) or 'complete')]
+
+    def __repr__(self)->str: return f'<checkpoint {self.path}, {"complete" if not self.wrong else "not complete"}>'
+    def __str__(self)->str:
+        width = max(len(k) for k, _ in self.lines())
+        return '\n'.join([f'checkpoint {self.path}', *(f'  {k:<{width}}  {v}' for k, v in self.lines())])
+
+    def _repr_html_(self)->str:
+        row = lambda k, v, more='': f'<tr><td style="text-align:left;opacity:.75;padding:1px 12px 1px 0">{escape(k)}</td><td style="text-align:left;padding:1px 0{more}">{escape(v)}</td></tr>'
+        colour = {'state': f';font-weight:bold;color:{"#d6453d" if self.wrong else "#3c9d4e"}'}
+        files = ''.join(row(name, size(n)) for name, n in self.files.items())
+        table = lambda rows: f'<table style="border-collapse:collapse;font-size:13px;color:inherit">{rows}</table>'
+        return (f'<div style="font:13px/1.5 sans-serif"><b>{escape(str(self.path))}</b>{table("".join(row(k, v, colour.get(k, "")) for k, v in self.lines()))}'
+            f'<details><summary>files</summary>{table(files)}</details></div>')
+
+# %% ../../nbs/4_trainer/02_checkpoint.ipynb #1402023b
+def _weights_of(folder:Path)->int|None: # None where they are divided, or cannot be read
+    try:
+        with safe_open(folder/'model.safetensors', 'pt') as f: return sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+    except (OSError, SafetensorError): return None
+
+def show_checkpoint(
+    path:str|Path, # a checkpoint, a folder of checkpoints, or a run folder
+    which:str='latest', # latest or best, where there are several
+)->CheckpointView:
+    "A checkpoint, readable. Raises `CheckpointError` where there is none."
+    path, facts = find_checkpoint(path, which), {}
+    try: meta = read_json(path/'meta.json', CheckpointError)
+    except CheckpointError: meta = {} # cut off: its files say so
+    state, number = meta.get('train_state') or {}, lambda x: f'{x:.4f} nats a token'
+    if meta: facts['step'] = f"{meta['global_step']:,}" + (f", {state['tokens']:,} tokens seen" if state.get('tokens') else '')
+    if meta: facts['family'] = meta['architecture'] + (', with adapters' if meta.get('adapter') else '')
+    if weights := _weights_of(path): facts['weights'] = f'{weights:,}'
+    if meta.get('val_loss') is not None: facts['validation loss'] = number(meta['val_loss'])
+    if meta.get('best_val_loss') is not None: facts['best so far'] = number(meta['best_val_loss']) + (f" at step {state['best_step']:,}" if state.get('best_step') else '')
+    return CheckpointView(path, facts, {str(p.relative_to(path)): p.stat().st_size for p in sorted(path.rglob('*')) if p.is_file()}, check_files(path, hashes=False))
 
 # %% ../../nbs/4_trainer/02_checkpoint.ipynb #f2423acd
 def _advice(folder:Path)->str:

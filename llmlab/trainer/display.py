@@ -146,7 +146,7 @@ def _samples(p:Progress, most:int=2)->str:
         f'<span style="opacity:.65">{escape(_shown(s.get("prompt") or ""))}</span>{escape(_shown(s.get("text") or ""))}</div>')
     return f'<div><b>Sample, step {p.sampled:,}</b>{"".join(map(one, p.samples[:most]))}</div>' if p.samples else ''
 
-# %% ../../nbs/4_trainer/032_display.ipynb #59f4d26e
+# %% ../../nbs/4_trainer/032_display.ipynb #afc38274
 def progress_html(
     p:Progress, # any
 )->str: # HTML that stands by itself; under 60 KB
@@ -155,7 +155,7 @@ def progress_html(
     line = f'<div>{escape(p.line)}</div>' if p.state != 'running' and p.line else ''
     words = f'<div style="white-space:pre-wrap;border-left:3px solid {COLOURS[p.state]};padding:0 8px;margin:4px 0">{escape(_shown(p.words, 2000))}</div>' if p.words else ''
     colour = '' if p.state == 'running' else f'font-weight:bold;color:{COLOURS[p.state]};'
-    return (f'<div class="llmlab-run" style="font:13px/1.5 sans-serif;max-width:760px;margin:4px 0">{_bar(p)}'
+    return (f'<div class="llmlab-run" style="font:13px/1.5 sans-serif;max-width:760px;margin:4px 8px">{_bar(p)}'
         f'<div style="{colour}margin:4px 0 0;font-variant-numeric:tabular-nums">{escape(p.heading())}</div>{line}{words}'
         f'<div style="display:flex;flex-wrap:wrap;gap:8px 24px;align-items:flex-start;margin:6px 0">{curve}{_numbers(p)}</div>{_samples(p)}</div>')
 

@@ -288,7 +288,7 @@ class Cell:
         self.handle.update(self.bundle(), raw=True)
         self.drawn = time.monotonic()
 
-# %% ../../nbs/4_trainer/03_tracking.ipynb #2976e8fd
+# %% ../../nbs/4_trainer/03_tracking.ipynb #c5112285
 def how_it_ended(
     state:str, # done, stopped or failed
     error:BaseException|None, # that ended the run
@@ -298,6 +298,7 @@ def how_it_ended(
     if isinstance(error, KeyboardInterrupt): return 'Interrupted, and nothing was saved now: resuming goes on from the checkpoint before.'
     return '' if error is None else f'{type(error).__name__}: {error}'
 
+# %% ../../nbs/4_trainer/03_tracking.ipynb #347257c6
 class Screen:
     "The line on the screen; validations get a line of their own that stays. In a notebook, the display."
     def __init__(self,
@@ -341,7 +342,7 @@ class Screen:
         if not self.cell: return
         p = self.progress
         if isinstance(error, Stopped): p.step = error.step
-        p.line = '' if p.train.last is None else f'Loss: {p.train.last:.3f}'
+        p.line = '' if p.train.last is None else f'Training loss: {p.train.last:.3f}'
         p.end(state, how_it_ended(state, error))
         self.cell.draw(now=True)
 
