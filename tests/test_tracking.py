@@ -1,7 +1,7 @@
 "Tracking: every step once, in every listener, after any number of kills; and no listener can end a run."
-import csv, json, os, subprocess, sys
+import csv, json, os, re, subprocess, sys, types
 from pathlib import Path
-import pytest, torch
+import pytest, torch, yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 from llmlab.config import Tracking
 from llmlab.files import LlmlabError, append_json, read_jsonl
@@ -105,6 +105,64 @@ def test_tensorboard_hides_the_abandoned_steps(tmp_path):
     events = EventAccumulator(str(tmp_path/'tensorboard'), size_guidance={'scalars': 0}).Reload()
     assert [(e.step, e.value) for e in events.Scalars('train/loss')] == [(1, 1.), (2, 20.)]
     assert events.Tags()['scalars'] == ['train/loss']
+
+
+class Recorded:
+    "W&B as it is called: its offline files cannot be read back."
+    def __init__(self): self.logged, self.config, self.steps = [], None, {}
+    def init(self, config=None, **how):
+        self.config = config
+        return types.SimpleNamespace(id='abc', log=self.logged.append, finish=lambda exit_code: None, define_metric=lambda glob, step_metric: self.steps.update({glob: step_metric}))
+    def Settings(self, **how): return None
+    def Table(self, columns, data): return [dict(zip(columns, row)) for row in data]
+    def panels(self):
+        "Name -> [(step, value)], as W&B draws them."
+        out = {}
+        for record in self.logged:
+            for name, value in record.items():
+                if name != self.steps['*']: out.setdefault(name, []).append((record[self.steps['*']], value))
+        return out
+
+
+def test_tensorboard_and_wandb_show_the_same(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    wandb = Recorded()
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    config = {'run': {'name': 'r'}, 'optim': {'lr': 1e-3, 'betas': [.9, .95]}, 'data': {'path': None, 'text_column': 'a: b'}}
+    samples = [{'prompt': 'Once', 'text': ' **upon**\n\n<b>a</b> # time'}, {'prompt': '', 'text': 'x\n    y'}]
+    with open_tracker(tmp_path, Tracking(tensorboard=True, wandb='offline'), 'r', config=config) as tracker:
+        tracker.log({'train/loss': torch.tensor(2.5), 'train/lr': 1e-3, 'train/mfu': None}, 10)
+        tracker.samples(samples, 15)
+        tracker.log({'train/loss': float('nan'), 'val/loss': 2.25, 'val/perplexity': float('inf')}, 20)
+    events = EventAccumulator(str(tmp_path/'tensorboard'), size_guidance={'scalars': 0, 'tensors': 0}).Reload()
+    curves = wandb.panels()
+    tables = curves.pop('samples')
+    assert {name: [(e.step, pytest.approx(e.value)) for e in events.Scalars(name)] for name in events.Tags()['scalars']} == curves
+    assert sorted(curves) == ['train/loss', 'train/lr', 'val/loss']
+    assert sorted(events.Tags()['tensors']) == ['config/text_summary', 'samples/text_summary']
+    texts = {name: [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors(f'{name}/text_summary')] for name in ('config', 'samples')}
+    plain = lambda text: '\n'.join(line.removeprefix('    ') for line in text.splitlines()) # all of it is indented, so Markdown changes nothing
+    (step, text), = texts['samples']
+    assert [(step, [plain(part) for part in text.split('\n\n---\n\n')])] == [(s, [t['prompt']+t['text'] for t in table]) for s, table in tables]
+    (step, text), = texts['config']
+    assert all(line.startswith('    ') for line in text.splitlines()) and yaml.safe_load(plain(text)) == wandb.config == config
+
+
+def test_a_long_run_in_a_notebook_stays_light(tmp_path, monkeypatch):
+    "A hundred thousand log lines: a small output, drawn no more than once a second, and none of the printed lines."
+    import IPython.display
+    drawn = []
+    monkeypatch.setattr(IPython.display, 'display', lambda bundle, raw, display_id: drawn.append(bundle) or types.SimpleNamespace(update=lambda bundle, raw: drawn.append(bundle)))
+    clock = iter(range(10**7))
+    monkeypatch.setattr(tracking.time, 'monotonic', lambda: next(clock)/1000) # a millisecond passes each time it is looked at
+    screen = Screen(10**5, 'notebook', before={'train/loss': [(0, 9.)]})
+    for step in range(1, 10**5+1): screen.log({'train/loss': 3+5/step, 'train/tokens_per_sec': 1e5} | ({'val/loss': 3.1} if step % 100 == 0 else {}), step)
+    screen.samples([{'prompt': '</script><b>', 'text': '\x1b[31m"&' * 10**4}]*9, 10**5)
+    screen.finish('failed', ValueError('<i>it broke</i>'))
+    assert 10 < len(drawn) <= next(clock)/1000+2 and all(len(d['text/html']) < 60_000 for d in drawn)
+    last = drawn[-1]
+    assert last['text/plain'].startswith('Failed after step 100,000 of 100,000') and 'ValueError: <i>it broke</i>' in last['text/plain']
+    assert not re.search(r'<script|</script|<i>|\x1b', last['text/html']) and '&lt;i&gt;it broke' in last['text/html']
 
 
 def test_the_real_wandb_offline_goes_on_with_its_run(tmp_path):
