@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Finding', 'exit_code', 'check_python', 'check_packages', 'look_at_torch', 'check_torch', 'check_gpus',
-           'check_precision', 'check_flash', 'check_cores', 'check_memory', 'check_disk', 'standing', 'check_writable',
-           'check_tracking', 'check_torchvision', 'check_transformers', 'check_hub', 'check_compiler', 'check_slurm',
-           'wants_hub', 'check_text', 'check_tokenizer', 'find_cache', 'check_cache', 'model_needs', 'tensor_shapes',
-           'tuning_needs', 'check_checkpoint', 'check_run', 'check_base', 'mend', 'ask', 'try_import', 'import_errors',
-           'usable_cores', 'free_memory', 'nvidia_driver', 'plan_of', 'examine']
+           'check_precision', 'check_flash', 'check_cores', 'check_memory', 'amount', 'check_disk', 'standing',
+           'check_writable', 'check_tracking', 'check_torchvision', 'check_transformers', 'check_hub', 'check_compiler',
+           'check_slurm', 'wants_hub', 'check_text', 'check_tokenizer', 'find_cache', 'text_bytes', 'rows_to_make',
+           'check_cache', 'model_needs', 'tensor_shapes', 'tuning_needs', 'check_checkpoint', 'check_run', 'check_base',
+           'mend', 'ask', 'try_import', 'import_errors', 'usable_cores', 'free_memory', 'nvidia_driver', 'plan_of',
+           'examine']
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #34691af7
+# %% ../../nbs/7_launch/01_doctor.ipynb #1b4aae12
 import ast, importlib.metadata, json, os, re, shutil, signal, struct, subprocess, sys, sysconfig, tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from ..config import Config, load_config
-from ..data.corpora import HUB, Corpus, open_corpus
+from ..data.corpora import HUB, Corpus, list_files, open_corpus
 from ..data.tokenizer import load_tokenizer
 from ..files import ConfigError, LlmlabError, hash_json, read_json, sweep, write_json
 from ..packing.cache import METADATA, REGISTRY, SPLITS, Cache, cache_folder, list_caches, read_registry, write_registry
@@ -155,7 +156,13 @@ def check_memory(
     if free < 2e9 or on_cpu and needed > .7*free: return Finding('memory', 'warning', seen, 'That is little: close other programs, or lower trainer.batch_size.')
     return Finding('memory', 'ok', seen)
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #a4e7b4d8
+# %% ../../nbs/7_launch/01_doctor.ipynb #c44d3a88
+def amount(
+    size:float, # bytes
+)->str:
+    "Bytes as people say them."
+    return f'{size/1e9:.1f} GB' if size >= 1e9 else f'{max(size, 1e5)/1e6:.1f} MB'
+
 def check_disk(
     about:str, # which folder it is
     folder:Path, # may not exist yet
@@ -163,7 +170,7 @@ def check_disk(
     needed:float=0, # bytes that a run will write
 )->Finding:
     "Free space, held against what the run will write."
-    seen = f'{free/1e9:.1f} GB free for {folder}' + (f', the run writes about {needed/1e9:.1f} GB' if needed else '')
+    seen = f'{free/1e9:.1f} GB free for {folder}' + (f', the run writes about {amount(needed)}' if needed else '')
     if needed > free: return Finding(about, 'problem', seen, 'Free some space, or choose another folder; trainer.keep_last=1 needs less.')
     if free < 2e9 or needed > .7*free: return Finding(about, 'warning', seen, 'That is little: free some space.')
     return Finding(about, 'ok', seen)
@@ -334,7 +341,23 @@ def find_cache(
     folder = cache_folder(corpus, load_tokenizer(made), config.packing)
     return folder if (folder/METADATA).exists() else None
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #22c9ee9d
+# %% ../../nbs/7_launch/01_doctor.ipynb #e122483d
+def text_bytes(
+    config:Config, # the section data
+)->int|None: # None: nobody knows before it is read
+    "How much text there is, where that can be known without reading it: of files, and of corpora whose card says it."
+    data = config.data
+    if data.max_documents: return None
+    if data.name in HUB: return HUB[data.name].size if data.subset in (None, HUB[data.name].subset) and data.hub_split == 'train' else None
+    return sum(p.stat().st_size for p in list_files(Path(data.path).expanduser()) if p.suffix in ('.txt', '.md', '.jsonl')) or None if data.name == 'files' else None
+
+def rows_to_make(
+    config:Config, # sections data, tokenizer and packing
+)->int: # bytes; 0: nothing, or nobody knows
+    "What the cache will take on the disk, where none is there: two bytes a token, and about four bytes of text a token (one, where bytes or characters are the tokens)."
+    if not (size := text_bytes(config)) or find_cache(config): return 0
+    return size*2//(1 if config.tokenizer.kind in ('byte', 'char') else 4)
+
 _rebuild = '`llmlab_prepare --mode inverse` with the same settings makes what is damaged again, and nothing else.'
 
 def _caches(folder:Path)->dict[str, Cache]:
@@ -349,7 +372,7 @@ def check_cache(
     if config.data.name == 'instructions' or config.finetune.init: return Finding('cached rows', 'ok', f'examples are kept in {config.finetune.folder}')
     try:
         folder = find_cache(config)
-        if folder is None: return Finding('cached rows', 'ok', 'none yet: the run makes them first')
+        if folder is None: return Finding('cached rows', 'ok', 'none yet: the run makes them first' + (f', from {amount(size)} of text' if (size := text_bytes(config)) else ''))
         found = _caches(folder)
         wrong = [f'{c.path.name}: {p}' for c in found.values() for p in c.verify(full=False)]
     except LlmlabError as e: return Finding('cached rows', 'problem', str(e), _rebuild)
@@ -614,7 +637,7 @@ def _libraries(config:Config, torch:dict|None)->list[Finding]:
             check_compiler(compiler, Path(sysconfig.get_paths()['include'], 'Python.h').exists(), bool(_installed('triton')), on_gpu, config.run.compile),
             check_slurm({t: shutil.which(t) for t in ('sbatch', 'squeue', 'scontrol')}, os.environ.get('SLURM_JOB_ID'))]
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #6f920417
+# %% ../../nbs/7_launch/01_doctor.ipynb #a7b552de
 def examine(
     config:Config|ConfigError|None=None, # a run that is planned, or what is wrong with its settings; None: the defaults, and no word about what a config names
     runs:Iterable[str]=(), # runs, run folders or checkpoints to look at too
@@ -632,7 +655,8 @@ def examine(
         about += [Finding('config', 'ok', f'{plan.run.name}: {plan.data.name}, rows of {plan.packing.seq_len}'), text, check_tokenizer(plan), *([check_cache(plan)] if text.state == 'ok' else []), *model]
     if torch: about += [_named_run(name, folder or plan.run.folder) for name in dict.fromkeys(runs)]
     findings += _machine(plan, torch, error, needs) + _libraries(plan, torch)
-    for name, where, needed in (('runs', plan.run.folder, needs.get('run', 0)), ('cache', plan.packing.folder, 0)):
+    rows = rows_to_make(plan) if given and text.state == 'ok' else 0
+    for name, where, needed in (('runs', plan.run.folder, needs.get('run', 0)), ('cache', plan.packing.folder, rows)):
         can_write = check_writable(name, where)
         findings.append(can_write if can_write.state == 'problem' else check_disk(name, Path(where), shutil.disk_usage(standing(where)).free, needed))
     return findings + about

@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['Ask', 'Show', 'greeting', 'devices', 'Choice', 'choices', 'ago', 'choices_table', 'short_count', 'suggest_name',
            'Offer', 'rough_memory', 'offers', 'length_of', 'offers_table', 'check_step_memory', 'checks', 'Chosen',
-           'yes', 'numbers', 'longer', 'overrides_for', 'size_of', 'menu', 'open_menu']
+           'yes', 'numbers', 'longer', 'overrides_for', 'menu', 'open_menu']
 
-# %% ../../nbs/7_launch/02_menu.ipynb #cb3e4e45
+# %% ../../nbs/7_launch/02_menu.ipynb #e2dba0c5
 import re, shlex, shutil, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+import yaml
 from ..config import Config, find_config, load_config, presets
 from ..files import ConfigError, LlmlabError, read_json
-from .doctor import Finding, check_cache, check_disk, check_text, free_memory, model_needs, standing, usable_cores
+from .doctor import Finding, check_cache, check_disk, check_text, free_memory, model_needs, rows_to_make, standing, usable_cores
 
-# %% ../../nbs/7_launch/02_menu.ipynb #3140af38
+# %% ../../nbs/7_launch/02_menu.ipynb #636f9fe8
 def greeting(
     folder:str|Path='runs', # where runs will be written
 )->str:
     "Versions, cores, memory and disk, in a line. Imports nothing heavy."
     import llmlab
     parts = [f'llmlab {llmlab.__version__}', f'Python {sys.version.split()[0]}', f'{usable_cores()} cores']
-    if (free := free_memory()) < float('inf'): parts.append(f'{free/1e9:.1f} GB of memory free')
-    return ' | '.join([*parts, f'{shutil.disk_usage(standing(folder)).free/1e9:.1f} GB of disk free'])
+    memory, disk = free_memory(), shutil.disk_usage(standing(folder)).free
+    return ' | '.join([*parts, 'free: ' + f'{memory/1e9:.0f} GB memory, '*(memory < float('inf')) + f'{disk/1e9:.0f} GB disk'])
 
 def devices()->str:
     "What PyTorch would train on, in a line. Imports torch."
@@ -32,16 +33,16 @@ def devices()->str:
     from llmlab.trainer.machine import choose_device, choose_precision
     device, count = choose_device(), torch.cuda.device_count()
     precision = choose_precision('auto', device)[1]
-    if device.type != 'cuda': return f'torch {torch.__version__} | {"CPU" if device.type == "cpu" else "Apple GPU"}, {torch.get_num_threads()} threads | {precision}'
+    if device.type != 'cuda': return f'torch {torch.__version__} | {"CPU" if device.type == "cpu" else "Apple GPU"}, {(n := torch.get_num_threads())} thread{"s"*(n > 1)} | {precision}'
     gpu = torch.cuda.get_device_properties(device)
     return f'torch {torch.__version__} | {f"{count} x "*(count > 1)}{gpu.name}, {gpu.total_memory/1e9:.0f} GB | {precision}'
 
-# %% ../../nbs/7_launch/02_menu.ipynb #78e2e5c4
+# %% ../../nbs/7_launch/02_menu.ipynb #036409c2
 @dataclass(frozen=True)
 class Choice:
     "A run, as the menu shows it."
     path: Path                   # the run folder
-    state: str                   # running, done, stopped, failed, killed, new, or unreadable
+    state: str                   # running, done, stopped, failed, killed, new, or broken
     family: str = ''             # ar, diffusion, sdd, hf
     step: int|None = None        # of its newest complete checkpoint; None: there is none
     total: int|None = None       # steps in the whole run
@@ -58,14 +59,16 @@ def _touched(path:Path)->float:
 
 def _choice(path:Path)->Choice:
     from llmlab.trainer.checkpoint import latest
-    from llmlab.trainer.runs import look_at
+    from llmlab.trainer.runs import UNREADABLE, look_at
     touched = _touched(path)
     try:
-        info, config, newest = look_at(path), load_config(path/'config.yaml'), latest(path/'checkpoints', lambda line: None)
+        info = look_at(path)
+        if info.problem: return Choice(path, 'broken', problem=info.problem, touched=touched)
+        config, newest = load_config(path/'config.yaml'), latest(path/'checkpoints', lambda line: None)
         step = read_json(newest/'meta.json')['global_step'] if newest else None
         return Choice(path, info.state, config.model.architecture, step, info.total_steps, info.train_loss, info.val_loss, touched)
-    except (LlmlabError, OSError, KeyError, ValueError, TypeError, AttributeError) as e: # whatever a damaged file holds: the others must still be shown
-        return Choice(path, 'unreadable', problem=' '.join(str(e).split()), touched=touched)
+    except (*UNREADABLE, yaml.YAMLError) as e: # whatever a damaged file holds: the others must still be shown
+        return Choice(path, 'broken', problem=' '.join(str(e).split()), touched=touched)
 
 def choices(
     folder:str|Path='runs', # the folder of all runs
@@ -74,7 +77,7 @@ def choices(
     found = [p for p in Path(folder).glob('[!.]*') if p.is_dir() and _touched(p)]
     return [_choice(p) for p in sorted(found, key=lambda p: (_touched(p), p.name), reverse=True)]
 
-# %% ../../nbs/7_launch/02_menu.ipynb #1d0df989
+# %% ../../nbs/7_launch/02_menu.ipynb #f2b14dde
 def ago(
     seconds:float,
 )->str:
@@ -83,7 +86,7 @@ def ago(
         if seconds >= size: return f'{seconds/size:.0f} {unit} ago'
     return 'just now'
 
-_colours = {'running': 'green', 'stopped': 'cyan', 'killed': 'yellow', 'failed': 'red', 'unreadable': 'red', 'done': 'dim'}
+_colours = {'running': 'green', 'stopped': 'cyan', 'killed': 'yellow', 'failed': 'red', 'broken': 'red', 'done': 'dim'}
 
 def choices_table(
     found:list[Choice], # from `choices`
@@ -182,7 +185,7 @@ def offers_table(
         table.add_row(str(n), o.preset, Text(o.name), length_of(o.config), f'~{rough_memory(o.config, o.parameters)/1e9:.0f} GB', *([Text(o.about)] if width >= 110 else []))
     return table
 
-# %% ../../nbs/7_launch/02_menu.ipynb #a4fdafe1
+# %% ../../nbs/7_launch/02_menu.ipynb #19554daa
 def check_step_memory(
     config:Config, # all settings
 )->Finding:
@@ -202,8 +205,8 @@ def checks(
 )->list[Finding]: # text, cached rows, disk, memory
     "What the menu says before a run starts or goes on. Imports torch."
     text, tuned = check_text(config), bool(config.finetune.init)
-    needed = 0 if tuned else model_needs(config)['run']
     found = [text] + ([check_cache(config)] if text.state == 'ok' else [])
+    needed = (0 if tuned else model_needs(config)['run']) + (rows_to_make(config) if text.state == 'ok' else 0)
     found.append(check_disk('disk', Path(config.run.folder), shutil.disk_usage(standing(config.run.folder)).free, needed))
     return found + ([check_step_memory(config)] if count else [])
 
@@ -222,7 +225,7 @@ class Chosen:
     def command(self)->str: # as one would type it
         return shlex.join(['llmlab_train', *self.words])
 
-# %% ../../nbs/7_launch/02_menu.ipynb #21c181e2
+# %% ../../nbs/7_launch/02_menu.ipynb #5e7151ef
 Ask, Show = Callable[[str], str], Callable[[object], None]
 
 def yes(
@@ -242,13 +245,14 @@ def numbers(
     "Numbers of a list. Raises `ValueError` for anything else."
     found = set()
     for part in text.replace(',', ' ').split():
-        first, _, last = part.partition('-')
-        if not 1 <= int(first) <= int(last or first) <= most: raise ValueError(part)
-        found |= set(range(int(first), int(last or first)+1))
+        first, dash, last = part.partition('-')
+        first, last = int(first), int(last if dash else first)
+        if not 1 <= first <= last <= most: raise ValueError(part)
+        found |= set(range(first, last+1))
     if not found: raise ValueError(text)
     return sorted(found)
 
-# %% ../../nbs/7_launch/02_menu.ipynb #8cc2960f
+# %% ../../nbs/7_launch/02_menu.ipynb #865f4c67
 def longer(
     answer:str, # as 2000, 2,000 or 3epochs
     done:int, # steps that are done
@@ -271,7 +275,8 @@ def _resume(ask:Ask, show:Show, c:Choice, folder:Path)->Chosen|None:
     "Go on with a run. None: back."
     overrides, named = (), c.name if folder == Path('runs') and c.name != 'last' else str(c.path)
     while c.state == 'done':
-        answer = ask(f'{c.name} is done, {c.step or 0:,} steps. Train longer: until which step, or how many epochs in all? (as {2*(c.step or 50)} or 2epochs; Enter: back) ').strip().lower()
+        show(f'{c.name} is done, {c.step or 0:,} steps.')
+        answer = ask(f'Train longer: to which step (as {2*(c.step or 50)}), or how many epochs in all (as 2epochs)? Enter: back > ').strip().lower()
         if not answer or answer == 'q': return None
         try: overrides = (longer(answer, c.step or 0),); break
         except ValueError: show(f'{answer!r} is no length beyond {c.step or 0:,} steps.')
@@ -284,7 +289,7 @@ def overrides_for(
     "The settings that make the new length the only one (`recipes.resume_settings` does the same)."
     return [f'trainer.{k}=null' for k in ('max_steps', 'max_tokens', 'epochs') if overrides and not overrides[0].startswith(f'trainer.{k}=')] + list(overrides)
 
-# %% ../../nbs/7_launch/02_menu.ipynb #1fe4d8a1
+# %% ../../nbs/7_launch/02_menu.ipynb #2a56a219
 def _which(ask:Ask, show:Show, found:list[Offer])->tuple[str, Config]|None: # what to give to --config, and what it says
     "Choose what to train. None: back."
     while True:
@@ -317,6 +322,7 @@ def _name(ask:Ask, show:Show, config:Config)->str:
 def _new(ask:Ask, show:Show, folder:Path, width:int)->Chosen|None:
     "Begin a run. None: back."
     found = offers(folder)
+    show('')
     show(offers_table(found, width))
     if (picked := _which(ask, show, found)) is None: return None
     source, config = picked
@@ -327,18 +333,10 @@ def _new(ask:Ask, show:Show, folder:Path, width:int)->Chosen|None:
     settings = (*text, *at, f'run.name={_name(ask, show, config)}')
     return _begin(ask, show, load_config(source, settings), Chosen(source, settings), 'Start?')
 
-# %% ../../nbs/7_launch/02_menu.ipynb #a714a992
-def size_of(
-    path:Path, # a folder
-)->int: # bytes
-    "What a folder takes on the disk. A file with several names counts in each folder."
-    return sum(p.lstat().st_size for p in path.rglob('*') if p.is_file() and not p.is_symlink())
-
-def _size(n:int)->str: return f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e6:.1f} MB'
-
+# %% ../../nbs/7_launch/02_menu.ipynb #93c67a5a
 def _delete(ask:Ask, show:Show, found:list[Choice])->None:
     "Choose runs, say what goes, delete what is confirmed."
-    from llmlab.trainer.runs import delete
+    from llmlab.trainer.runs import delete, disk_size, size_text
     while True:
         answer = ask('Delete which? (as 2 or 1,3-5; Enter: none) ').strip()
         if not answer or answer.lower() == 'q': return
@@ -348,13 +346,14 @@ def _delete(ask:Ask, show:Show, found:list[Choice])->None:
         if c.state == 'running': show(f'{c.name} is running and stays. Stop it first.')
     picked = [c for c in picked if c.state != 'running']
     if not picked: return
-    for c in picked: show(f'  {c.name}: {c.state}, {_size(size_of(c.path))}')
-    if not yes(ask, f'Delete {"it" if len(picked) == 1 else f"these {len(picked)}"} for good, {_size(sum(size_of(c.path) for c in picked))}?', False): show('Nothing was deleted.'); return
+    sizes = [disk_size(c.path) for c in picked]
+    for c, size in zip(picked, sizes): show(f'  {c.name}: {c.state}, {size_text(size)}')
+    if not yes(ask, f'Delete {"it" if len(picked) == 1 else f"these {len(picked)}"} for good, {size_text(sum(sizes))}?', False): show('Nothing was deleted.'); return
     for c in picked:
         try: delete(c.path); show(f'Deleted {c.name}.')
         except LlmlabError as e: show(str(e))
 
-# %% ../../nbs/7_launch/02_menu.ipynb #f16214fd
+# %% ../../nbs/7_launch/02_menu.ipynb #44ff2895
 def _first(ask:Ask, show:Show, found:list[Choice])->Choice|str: # a run, or n, x, q
     "The first question."
     question = ('A number: go on with that run. ' if found else '') + 'N: new run. ' + ('X: delete. ' if found else '') + 'Q: leave. > '
@@ -364,7 +363,7 @@ def _first(ask:Ask, show:Show, found:list[Choice])->Choice|str: # a run, or n, x
         c = found[int(answer)-1] if answer.isdecimal() and 1 <= int(answer) <= len(found) else None
         if c is None: show(f'{answer!r} is not a choice.')
         elif c.state == 'running': show(f'{c.name} is running: it goes on by itself. Stop it first to resume it here.')
-        elif c.state == 'unreadable': show(f'{c.name} cannot be read: {c.problem}')
+        elif c.state == 'broken': show(f'{c.name} cannot be read: {c.problem}')
         else: return c
 
 def menu(
@@ -379,7 +378,7 @@ def menu(
     try:
         while True:
             every = choices(folder)
-            show('' if every else f'There are no runs in {folder} yet.')
+            show('' if every else f'There are no runs in {folder}/ yet.')
             if every: show(choices_table(every[:most]))
             if every[most:]: show(f'... and {len(every)-most} older ones: llmlab_runs list')
             answer = _first(ask, show, every[:most])
@@ -389,7 +388,7 @@ def menu(
             if chosen: return chosen
     except EOFError: return None
 
-# %% ../../nbs/7_launch/02_menu.ipynb #d16276c2
+# %% ../../nbs/7_launch/02_menu.ipynb #b066495e
 def open_menu(
     folder:str|Path='runs', # the folder of all runs
 )->Chosen|None: # None: nothing is to be started
@@ -398,8 +397,9 @@ def open_menu(
     console = Console(highlight=False)
     def show(thing:object)->None: console.print(thing, markup=False, soft_wrap=isinstance(thing, str))
     try:
-        show(f'{greeting(folder)}')
-        show(f'{devices()}\n')
+        show(greeting(folder))
+        with console.status('Loading PyTorch'): line = devices()
+        show(line)
         chosen = menu(input, show, folder, console.width)
     except KeyboardInterrupt: chosen = None
     if chosen is None: show('\nNothing was started.')
