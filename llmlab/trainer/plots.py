@@ -145,7 +145,7 @@ def plot_run(
     drawn = [write_whole(folder/'plots'/f'{p.file}.png', draw(p, curves, folder.name)) for p in pictures]
     return drawn + ([write_whole(folder/'plots'/'gates.png', draw_gates(curves, folder.name))] if gates(curves) else [])
 
-# %% ../../nbs/4_trainer/06_plots.ipynb #5548d93c
+# %% ../../nbs/4_trainer/06_plots.ipynb #70f43117
 def _curve_names(c:Comparison)->tuple[str|None, str, str]: # faint, strong, label of the axis
     bits = c.own_tokens and all('val/bits_per_byte' in r['curves'] for r in c.results)
     return (None, 'val/bits_per_byte', 'bits per byte') if bits else ('train/loss', 'val/loss', 'nats per token')
@@ -163,7 +163,7 @@ def _draw_run(ax, results:dict, name:str, colour:str, ruler, faint:str|None, str
     if curve := curves.get(faint, []):
         alone = strong not in curves
         values = moving_mean([v for _, v in curve], max(1, len(curve)//50))
-        ax.plot([ruler(s) for s, _ in curve], values, color=colour, lw=1.5 if alone else 1, alpha=.9 if alone else .4, ls='--' if alone else '-', label=f'{name} (training)' if alone else None)
+        ax.plot([ruler(s) for s, _ in curve], values, color=colour, lw=1.5 if alone else 1, alpha=.9 if alone else .5, ls='--' if alone else '-', label=f'{name} (training)' if alone else None)
         drawn.append(upper_limit(values))
     if curve := curves.get(strong, []):
         ax.plot([ruler(s) for s, _ in curve], [v for _, v in curve], color=colour, lw=2, marker='' if len(curve) > 40 else 'o', ms=4, label=name)

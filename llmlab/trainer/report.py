@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['strict', 'training_log', 'write_log', 'thin', 'svg_of', 'some_steps', 'report', 'write_report']
 
-# %% ../../nbs/4_trainer/07_report.ipynb #fcbe07fa
+# %% ../../nbs/4_trainer/07_report.ipynb #0b4cbe52
 import base64, html, io, math, re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from ..config import read_yaml
 from ..files import DataError, LlmlabError, read_json, read_jsonl, write_json, write_whole
@@ -43,7 +44,7 @@ def write_log(
     "Write the log of a run, whole."
     return write_json(output or Path(path)/'training_log.json', training_log(path))
 
-# %% ../../nbs/4_trainer/07_report.ipynb #db848ff1
+# %% ../../nbs/4_trainer/07_report.ipynb #6cd1eb4c
 def thin(
     curve:list[tuple[int, float]], # step, value
     most:int=300, # points to keep
@@ -57,13 +58,13 @@ def thin(
 _INK = '#123456' # stands for the colour of the text until the file is written
 
 def svg_of(
-    draw, # gives the figure
+    draw:Callable[[], object], # gives the figure
     name:str, # what it shows, for who cannot see it; different in each picture of a file
 )->str: # HTML
     "A figure as lines, in the colour of the text around it."
     import matplotlib
     clear = dict.fromkeys(('figure.facecolor', 'axes.facecolor', 'savefig.facecolor', 'legend.facecolor'), 'none')
-    ink = dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor', 'axes.titlecolor', 'xtick.color', 'ytick.color'), _INK)
+    ink = dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor', 'axes.titlecolor', 'xtick.color', 'ytick.color'), _INK) | {'grid.color': '#777777'}
     out = io.StringIO()
     with matplotlib.rc_context(clear | ink | {'svg.fonttype': 'none', 'svg.hashsalt': 'llmlab', 'font.family': 'sans-serif'}):
         draw().savefig(out, format='svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})
@@ -72,38 +73,41 @@ def svg_of(
     svg = re.sub(r'(\bid="|url\(#|href="#)', lambda m: f'{m[0]}{own}-', re.sub(r'\n\s*', '\n', svg)) # names are shared by all pictures of a page
     return re.sub(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', rf'<svg \1 xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{html.escape(name)}">', svg, count=1)
 
-# %% ../../nbs/4_trainer/07_report.ipynb #e1a921cd
+# %% ../../nbs/4_trainer/07_report.ipynb #5712bbfd
 def _thinned(r:dict)->dict:
     "Results with short curves; where a mean stands, the clock is that of its step."
     return r | {'curves': {n: thin(c) for n, c in r['curves'].items()}}
 
 def _pictures(r:dict)->str:
     curves = _thinned(r)['curves']
-    shown = [p for p in PICTURES if any(n in curves for n in p.names)]
-    out = [f'<figure>{svg_of(lambda p=p: figure_of(p, curves), p.title)}</figure>' for p in shown]
+    def small(p): # than a file of its own, so that its letters are large enough on a phone
+        fig = figure_of(p, curves)
+        fig.set_size_inches(5.4, 3.3)
+        return fig
+    out = [f'<figure>{svg_of(lambda p=p: small(p), p.title)}</figure>' for p in PICTURES if any(n in curves for n in p.names)]
     if gates(curves): out.append(f'<figure class="paper"><img alt="Gates of the memory" src="data:image/png;base64,{base64.b64encode(draw_gates(curves)).decode()}"></figure>')
     return f'<div class="pictures">{"".join(out)}</div>' if out else '<p>Nothing was logged yet.</p>'
 
 def _overlaid(c:Comparison)->str:
-    from dataclasses import replace
     short = replace(c, results=[_thinned(r) for r in c.results])
     try: return f'<figure class="wide">{svg_of(lambda: comparison_figure(short), "Losses of all runs")}</figure>'
     except DataError: return '<p>Nothing was logged yet.</p>'
 
-# %% ../../nbs/4_trainer/07_report.ipynb #6739ff05
+# %% ../../nbs/4_trainer/07_report.ipynb #5a5a4a30
 def _text(value:object, most:int=1500)->str:
     "Escaped; long texts are cut, and say so."
     text = printable(value)
     return html.escape(text if len(text) <= most else f'{text[:most]} [... {len(text)-most:,} more characters]')
 
 def _section(title:str, inside:str)->str: return f'<section><h2>{html.escape(title)}</h2>{inside}</section>' if inside else ''
-def _table(head:Sequence[str], rows:Sequence[Sequence[str]])->str: return f'<div class="scroll" tabindex="0">{html_table(head, rows)}</div>' if rows else ''
+def _table(head:Sequence[str], rows:Sequence[Sequence[str]], words:bool=False)->str: # words: columns of words begin at the left
+    return f'<div class="scroll{" left" if words else ""}" tabindex="0">{html_table(head, rows)}</div>' if rows else ''
 def _details(title:str, inside:str)->str: return f'<details><summary>{html.escape(title)}</summary>{inside}</details>'
 
 def _tiles(r:dict, size:int)->str:
     best = lambda name: min((v for _, v in r['curves'].get(name, [])), default=None)
     count = lambda key, form: None if r.get(key) is None else form(r[key])
-    tiles = {'best validation loss': best('val/loss') and f'{best("val/loss"):.4f}', 'bits per byte': best('val/bits_per_byte') and f'{best("val/bits_per_byte"):.4f}', 'steps': f'{r["step"]:,}',
+    tiles = {'validation loss': best('val/loss') and f'{best("val/loss"):.4f}', 'bits per byte': best('val/bits_per_byte') and f'{best("val/bits_per_byte"):.4f}', 'steps': f'{r["step"]:,}',
              'tokens': count('tokens', '{:,}'.format), 'tokens/s': count('tokens_per_sec', '{:,.0f}'.format), 'working time': count('seconds', clock_time), 'parameters': count('parameters', '{:,}'.format), 'on the disk': size_text(size)}
     return '<dl class="tiles">' + ''.join(f'<div><dt>{k}</dt><dd>{html.escape(v)}</dd></div>' for k, v in tiles.items() if v) + '</dl>'
 
@@ -122,13 +126,13 @@ def _samples(path:Path)->str:
         out.append(f'<article><h3>step {step:,}</h3>{said}</article>')
     return f'<div class="side">{"".join(out)}</div>' if out else ''
 
-# %% ../../nbs/4_trainer/07_report.ipynb #7d0b96a4
+# %% ../../nbs/4_trainer/07_report.ipynb #f7afda88
 def _about_run(path:Path)->str:
     "Changed settings, checkpoints and environment of a run."
     changed = [[k, setting_text(v), setting_text(d)] for k, (v, d) in changed_settings(path).items()]
     return (_section('Settings that differ from the defaults', _table(['', 'here', 'default'], changed))
             + _section('Checkpoints', _table(['', 'size', 'validation loss', ''], [[*p] for p in checkpoint_lines(path)]))
-            + _section('Environment', _table([], [[k, v] for k, v in environment_of(path).items()])))
+            + _section('Environment', _table([], [[k, v] for k, v in environment_of(path).items()], words=True)))
 
 def _one_run(path:Path)->str:
     r, info = results_of(path), look_at(path)
@@ -137,7 +141,7 @@ def _one_run(path:Path)->str:
     family = f'{r["architecture"]}, ' if 'architecture' in r else ''
     return (f'<p class="under"><span class="state {html.escape(info.state)}">{html.escape(info.state)}</span> {_text(family)}step {info.steps}{_text(", started "+info.started if info.started else "")}</p>' + _tiles(r, info.size)
             + _section('Curves', _pictures(r)) + _section('Samples', _samples(path)) + _section('Metrics', _table([], numbers)) + _about_run(path)
-            + _section('All settings', _details(f'{len(settings)} settings', _table([], settings)) if settings else ''))
+            + _section('All settings', _details(f'{len(settings)} settings', _table([], settings, words=True)) if settings else ''))
 
 def _side_by_side(c:Comparison)->str:
     notes = ''.join(f'<p class="note">{html.escape(n)}</p>' for n in c.notes)
@@ -147,22 +151,22 @@ def _side_by_side(c:Comparison)->str:
     return (notes + _section('Curves', _overlaid(c)) + _section('Results', _table(['', *c.names], c.lines()))
             + _section('Settings that differ', _table(['', *c.names], c.setting_lines()) or '<p>none</p>') + _section('Samples', ''.join(f'<div class="side">{s}</div>' for s in said)) + _section('Each run', each))
 
-# %% ../../nbs/4_trainer/07_report.ipynb #d2c36454
+# %% ../../nbs/4_trainer/07_report.ipynb #c38e6aee
 _STYLE = '''
 :root{color-scheme:light dark;--text:#1d2433;--soft:#5b6475;--page:#fff;--card:#f4f6f9;--line:#d9dee7;--accent:#1f6feb}
-@media(prefers-color-scheme:dark){:root{--text:#e4e8ef;--soft:#9aa5b8;--page:#12161d;--card:#1b212b;--line:#323b49;--accent:#6ea8fe}}
+@media(prefers-color-scheme:dark){:root{--text:#e4e8ef;--soft:#9aa5b8;--page:#12161d;--card:#1b212b;--line:#323b49;--accent:#6ea8fe} figure:not(.paper) svg{filter:brightness(1.4)}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1080px;padding:1.5rem 1rem 4rem;background:var(--page);color:var(--text);font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.7rem;line-height:1.25;margin:.2em 0;overflow-wrap:anywhere} h2{font-size:1.2rem;margin:2.2em 0 .6em} h3{font-size:.9rem;margin:0 0 .4em;color:var(--soft);overflow-wrap:anywhere}
 .under{color:var(--soft);margin:.2em 0 1.2em} .state{background:var(--card);border:1px solid var(--line);border-radius:1em;padding:.1em .7em;color:var(--text);margin-right:.4em}
 .state.done,.state.running{border-color:#2da44e} .state.failed,.state.killed{border-color:#d1434b}
 .note{border-left:4px solid #d29922;background:var(--card);padding:.6em 1em;margin:.6em 0}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));gap:.6rem;margin:0} .tiles div{background:var(--card);border-radius:8px;padding:.6rem .8rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(112px,1fr));gap:.6rem;margin:0} .tiles div{background:var(--card);border-radius:8px;padding:.6rem .8rem}
 dt{color:var(--soft);font-size:.8rem} dd{margin:0;font-size:1.15rem;font-variant-numeric:tabular-nums}
 .pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:1rem} figure{margin:0} svg,img{display:block;width:100%;height:auto}
 .paper{background:#fff;border-radius:8px;padding:.3rem} .scroll{overflow-x:auto} .wide{overflow-x:auto} .wide svg{min-width:640px}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums} th,td{text-align:right;padding:.3em .9em;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
-td{min-width:5em;max-width:30em} th:first-child{text-align:left;padding-left:0;font-weight:500} .left td,.left th{text-align:left} thead th{color:var(--soft);font-weight:600}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums} th,td{text-align:right;padding:.3em .9em;border-bottom:1px solid var(--line);vertical-align:top}
+td{min-width:5em;max-width:36em;overflow-wrap:break-word} thead th{overflow-wrap:break-word} th:first-child{text-align:left;padding-left:0;font-weight:500;white-space:nowrap} .left td{text-align:left} .scroll:not(.left) td{min-width:6em} thead th{color:var(--soft);font-weight:600}
 .side{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(240px,100%),1fr));gap:1rem;margin-bottom:1rem} article{background:var(--card);border-radius:8px;padding:.8rem 1rem;min-width:0}
 blockquote{margin:0 0 .8em;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.9rem} blockquote b{color:var(--accent);font-weight:600}
 details{margin:.5em 0} summary{cursor:pointer;color:var(--accent)} footer{margin-top:3rem;color:var(--soft);font-size:.85rem}

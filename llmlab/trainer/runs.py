@@ -7,8 +7,7 @@ __all__ = ['UNREADABLE', 'ORDERS', 'MARKS', 'COLUMNS', 'names_of', 'create', 'ma
            'disk_size', 'size_text', 'look_at', 'Runs', 'list_runs', 'printable', 'runs_table', 'find_run',
            'checkpoint_of', 'count_weights', 'of_checkpoint', 'flat', 'settings_of', 'changed_settings', 'setting_text',
            'read_samples', 'elapsed', 'results_of', 'next_commands', 'checkpoint_lines', 'environment_of', 'card',
-           'card_table', 'compare', 'compare_table', 'show', 'check_deletable', 'delete', 'find_runs',
-           'delete_question', 'delete_runs']
+           'card_table', 'check_deletable', 'delete', 'find_runs', 'delete_question', 'delete_runs']
 
 # %% ../../nbs/4_trainer/05_runs.ipynb #4b7f8a68
 import difflib, fnmatch, html, json, math, os, platform, re, shlex, shutil, statistics, subprocess, sys, time
@@ -426,47 +425,6 @@ def card_table(
     table.add_column(overflow='fold')
     for name, lines in card(path).items(): table.add_row(name, Text('\n'.join(lines)))
     return table
-
-# %% ../../nbs/4_trainer/05_runs.ipynb #fbd14541
-def compare(
-    a:str|Path, # a run folder
-    b:str|Path, # another
-)->dict[str, dict[str, tuple]]: # 'settings' and 'metrics': name -> (of a, of b)
-    "Settings that differ between two runs, and their last metrics (the best of val/loss)."
-    settings, last = [], []
-    for path in map(Path, (a, b)):
-        settings.append(flat(read_yaml(path/'config.yaml').values) if (path/'config.yaml').exists() else {})
-        curves = read_metrics(path) if (path/'metrics.jsonl').exists() else {}
-        last.append({k: (min(v for _, v in c) if k == 'val/loss' else c[-1][1]) for k, c in curves.items()})
-    pair = lambda d, k: tuple(x.get(k) for x in d)
-    differ = {k: pair(settings, k) for k in dict.fromkeys([*settings[0], *settings[1]]) if settings[0].get(k) != settings[1].get(k)}
-    return {'settings': differ, 'metrics': {k: pair(last, k) for k in dict.fromkeys([*last[0], *last[1]])}}
-
-# %% ../../nbs/4_trainer/05_runs.ipynb #64568c25
-def compare_table(
-    a:str|Path, # a run folder
-    b:str|Path, # another
-): # a rich.table.Table
-    "The comparison as a table to print with rich."
-    from rich.table import Table
-    table = Table('', Path(a).name, Path(b).name, box=None, header_style='bold')
-    text = lambda v: '' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)
-    for pairs in compare(a, b).values():
-        for name, (x, y) in pairs.items(): table.add_row(name, text(x), text(y))
-        table.add_section()
-    return table
-
-def show(
-    path:str|Path, # a run folder
-)->dict[str, object]: # one level: what a person asks about a run
-    "A run: its state, its last metrics, its checkpoints and where it ran."
-    path, info = Path(path), look_at(path)
-    env = read_json(path/'environment.json') if (path/'environment.json').exists() else {}
-    top = best(path/'checkpoints')
-    facts = {'run': info.name, 'folder': str(path), 'state': info.state, 'step': info.step, 'of': info.total_steps, 'started': info.started,
-             'checkpoints': [p.name for p in list_checkpoints(path/'checkpoints')], 'best checkpoint': top.name if top else None}
-    facts |= {name: curve[-1][1] for name, curve in (read_metrics(path) if (path/'metrics.jsonl').exists() else {}).items()}
-    return facts | {k: v for k, v in flat(env).items() if k in ('git.commit', 'versions.torch', 'machine.processor', 'machine.gpus')}
 
 # %% ../../nbs/4_trainer/05_runs.ipynb #0c915a34
 def check_deletable(
