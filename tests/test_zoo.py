@@ -1,8 +1,9 @@
 "Sizes, presets, and weights to Hugging Face's Llama and Qwen3 and back."
-import typing
+import json, typing
 import pytest, torch
 from pathlib import Path
 from torch.testing import assert_close
+from llmlab import recipes
 from llmlab.config import FAMILIES, Model, load_config
 from llmlab.files import ConfigError, LlmlabError
 from llmlab.models.layers import rotation
@@ -73,6 +74,28 @@ def test_a_family_of_ones_own(mine, monkeypatch):
     mine.write_text(MINE+'#')
     monkeypatch.setenv('LLMLAB_FAMILY', str(mine))
     assert make_objective(own, {}).name == 'mine'
+
+
+def test_the_family_of_the_tutorial_is_a_file(tmp_path):
+    "The cells that the tutorial marks, one after the other, are a file that settings can name."
+    book = json.loads((Path(__file__).parent.parent/'nbs/tutorials/add_family.ipynb').read_text())
+    cells = [''.join(c['source']) for c in book['cells'] if c['cell_type'] == 'code']
+    (tmp_path/'ahead.py').write_text('\n\n'.join(c for c in cells if c.startswith('# ahead.py')))
+    (tmp_path/'ahead.yaml').write_text('base: tiny_test\nmodel: {architecture: ahead, file: ahead.py, own: {ahead: 3}}\n')
+    folders = [f'run.folder={tmp_path}/runs', f'packing.folder={tmp_path}/cache']
+    quiet = dict(screen='none', say=lambda line: None)
+    try:
+        cfg = load_config(tmp_path/'ahead.yaml', [*folders, 'run.name=a', 'trainer.max_steps=2', 'data.max_documents=200', 'tokenizer.vocab_size=300', 'run.threads=1', 'trainer.sample_tokens=4'])
+        assert recipes.pretrain(cfg, **quiet).state.global_step == 2
+        OBJECTIVES.pop('ahead'); FAMILIES.remove('ahead') # another day
+        (tmp_path/'ahead.py').write_text((tmp_path/'ahead.py').read_text()+'\n')
+        cfg, folder = recipes.resume_settings('a', ['trainer.max_steps=3'], tmp_path/'runs')
+        assert recipes.pretrain(cfg, resume=folder, **quiet).state.global_step == 3
+        (network, objective, _, _), _ = recipes.open_trained('a', runs=tmp_path/'runs')
+        assert objective.ahead == 3 and len(network.extras) == 2
+    finally:
+        OBJECTIVES.pop('ahead', None)
+        if 'ahead' in FAMILIES: FAMILIES.remove('ahead')
 
 
 def test_what_is_no_family(mine):
