@@ -154,7 +154,7 @@ def _usage(p:argparse.ArgumentParser)->str:
     optional = [a.nargs is not None for a in p._get_positional_actions()]
     return ' '.join([p.prog, *(f'[{w}]' if o else w.upper() for w, o in zip(words, optional)), '[options]'])
 
-# %% ../nbs/91_reference.ipynb #dc665b0d
+# %% ../nbs/91_reference.ipynb #5b99d868
 EXAMPLES = { # command -> (line, what it does)
     'llmlab_train': [('llmlab_train', 'in a terminal: a menu; in a script: a run with the defaults'),
                      ('llmlab_train --config quickstart', 'a small model of the text of your own Python'),
@@ -178,7 +178,7 @@ EXAMPLES = { # command -> (line, what it does)
                         ('llmlab_generate --chat', 'talk with a tuned model')],
     'llmlab_export': [('llmlab_export quickstart-v1 my-model/', 'a folder that transformers loads'),
                       ('llmlab_export my-lora-v1 adapters/ --adapter', "adapters alone, in PEFT's layout")],
-    'llmlab_runs': [('llmlab_runs', 'all runs, the newest last'), ('llmlab_runs compare quickstart-v1 quickstart-v2', 'what differs between two'), ('llmlab_runs plot last', 'draw its pictures again')],
+    'llmlab_runs': [('llmlab_runs', 'all runs, the newest last'), ('llmlab_runs compare quickstart-v1 quickstart-v2', 'what differs between two'), ('llmlab_runs report quickstart-v1', 'one HTML page of it'), ('llmlab_runs export quickstart-v1', 'all its numbers as one JSON document')],
     'llmlab_doctor': [('llmlab_doctor', 'look at this machine'), ('llmlab_doctor --config fineweb_edu run.folder=/big/disk/runs', 'and at what a run will need'), ('llmlab_doctor --fix', 'do the repairs that are safe first')],
     'llmlab_bench': [('llmlab_bench train --rounds 5', 'training beside a peer, in turns'), ('llmlab_bench samplers --run diffusion-families-v1 --judge ar-families-v1', 'all ways to write with one run')],
 }
