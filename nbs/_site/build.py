@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 STATIC = ('site.css', 'site.js')
 DOORS = {'tutorials/first_run.ipynb': 'First run', 'tour.ipynb': 'Tour of the house', 'gallery.ipynb': 'Gallery'} # buttons of the landing page, where the book has these pages
 # CommonMark, as JupyterLab reads it, and what Quarto adds: fenced divs, attributes, formulas, footnotes (quarto.lua makes anchors as Quarto does)
-MARKDOWN = 'commonmark_x-smart-subscript-superscript-emoji-fancy_lists-gfm_auto_identifiers+autolink_bare_uris-yaml_metadata_block'
+MARKDOWN = 'commonmark_x-smart-subscript-superscript-emoji-fancy_lists-gfm_auto_identifiers+autolink_bare_uris-yaml_metadata_block+implicit_figures'
 SILENT = {'notest', 'gpu', 'slow', 'eval', 'exec_doc', 'login', 'default_exp', 'export', 'exports', 'hide_line', 'filter_stream', 'label', 'fig-cap', 'fig-alt', 'tbl-cap', 'code-summary',
     'echo', 'output', 'include', 'code-fold', 'warning', 'error', 'hide', 'exporti', 'hide_input', 'hide_output', 'hide-output', 'hide-input', 'code-overflow', 'fig-width', 'fig-height', 'message', 'column'}
 
@@ -236,7 +236,8 @@ def _head(page:Page, title:str, promise:str, book:Book)->str:
         path = page.module.replace('.', '/')+'.py'
         where = f'<p class="module">Module <code>{page.module}</code> <a href="{book.source}/{path}">source</a> <a href="{book.source}/nbs/{page.path}">notebook</a></p>'
     section = f'<p class="section-name">{html.escape(page.section)}</p>' if page.section else ''
-    return '\n\n'.join(x for x in (raw(section) if section else '', f'# {title}', f'::: {{.lead}}\n{promise}\n:::' if promise else '', raw(where) if where else '') if x)
+    safe = lambda t: ''.join(x if i%2 else x.replace('<', '\\<') for i, x in enumerate(re.split(r'(`+[^`]*`+)', t))) # a title is text
+    return '\n\n'.join(x for x in (raw(section) if section else '', f'# {safe(title)}', f'::: {{.lead}}\n{safe(promise)}\n:::' if promise else '', raw(where) if where else '') if x)
 
 # ---- the book
 
@@ -300,6 +301,7 @@ def tidy(body:str, page:Page)->str:
     body = re.sub(r'<div class="sourceCode" id="cb\d+">.*?</div>', block, body, flags=re.S)
     taken = {html.escape(a) for _, a, _ in page.symbols}
     body = re.sub(r'<h([2-6])( class="[^"]*")? id="([^"]+)"', lambda m: m[0] if 'symbol' in (m[2] or '') or m[3] not in taken else f'<h{m[1]}{m[2] or ""} id="{m[3]}-section"', body)
+    body = re.sub(r'<td( style="[^"]*")?>(.*?)</td>', lambda m: f'<td class="w"{m[1] or ""}>{m[2]}</td>' if len(re.sub('<[^>]*>', '', m[2])) > 40 else m[0], body, flags=re.S) # text, not a number
     body = re.sub(r'<h1 id="[^"]*"', '<h1', body)
     body = re.sub(r'<h([2-4]) id="([^"]+)"([^>]*)>(.*?)</h\1>', r'<h\1 id="\2"\3>\4 <a class="here" href="#\2" aria-label="Link to this section">#</a></h\1>', body, flags=re.S)
     return body
@@ -390,20 +392,21 @@ def _has(items, path:str)->bool: return any(it == path if isinstance(it, str) el
 
 def _flat(items)->list[str]: return [p for it in items for p in ([it] if isinstance(it, str) else _flat(it[1]))]
 
-def aside(page:Page)->str:
+def aside(page:Page, body:str)->str:
     "Sections of the page, and what it defines."
-    heads = re.findall(r'<h([23]) id="([^"]+)"[^>]*>(.*?)</h\1>', page.body, re.S)
+    heads = re.findall(r'<h([23]) id="([^"]+)"[^>]*>(.*?)</h\1>', body, re.S)
     out = ''
     if heads:
-        deep = '<b>On this page</b><ul>'
-        for level, at, text in heads: deep += f'<li class="h{level}"><a href="#{at}">{re.sub(r"</?a[^>]*>", "", re.sub(r" ?<a class=.here.*?</a>", "", text, flags=re.S))}</a></li>'
-        out += deep+'</ul>'
-    names = [(n, a) for n, a, kind in page.symbols if '.' not in n or kind == 'method' and n.split('.')[0] not in {m for m, _, k in page.symbols if k == 'class'}]
+        out += '<b>Sections</b><ul>'
+        for level, at, text in heads: out += f'<li class="h{level}"><a href="#{at}">{re.sub(r"</?a[^>]*>", "", re.sub(r" ?<a class=.here.*?</a>", "", text, flags=re.S))}</a></li>'
+        out += '</ul>'
+    classes = {m for m, _, k in page.symbols if k == 'class'}
+    names = [(n, a) for n, a, kind in page.symbols if kind != 'method' or n.split('.')[0] not in classes]
     if names: out += '<b>Defined here</b><ul class="defines">' + ''.join(f'<li><a href="#{html.escape(a)}"><code>{html.escape(n)}</code></a></li>' for n, a in names) + '</ul>'
-    return out
+    return f'<details open><summary>On this page</summary>{out}</details>' if out else ''
 
-def landing(book:Book, page:Page)->str:
-    "What only the first page has: doors, and a card for each section."
+def landing(book:Book, page:Page)->tuple[str, str]: # doors, and a card for each section
+    "What only the first page has."
     doors = [(book.pages[p], word) for p, word in DOORS.items() if p in book.pages]
     after = list(book.pages.values())[1:2]
     doors = doors or [(p, 'Begin to read') for p in after]
@@ -424,10 +427,12 @@ def frame(book:Book, page:Page, template:str)->str:
     body = page.body
     if i == 0:
         doors, parts = landing(book, page)
-        cut = re.search(r'<div class="lead">.*?</div>|</h1>', body, re.S)
-        body = body[:cut.end()]+doors+body[cut.end():]+parts if cut else doors+body+parts
-    fill = {'title': html.escape(page.title if page.title == book.title else f'{page.title} - {book.title}'), 'site': html.escape(book.title), 'promise': html.escape(page.promise, quote=True), 'root': page.to('.'),
-        'home': page.to(order[0].url), 'side': side(book, page), 'aside': aside(page), 'body': body, 'turn': turn, 'kind': 'landing' if i == 0 else 'page'}
+        head = re.search(r'</h1>\s*(<div class="lead">.*?</div>)?', body, re.S); at = head.end() if head else 0
+        second = [m.start() for m in re.finditer('<h2 ', body)][1:2] # the parts stand after the first section, which says how to begin
+        cut = second[0] if second else len(body)
+        body = body[:at]+doors+body[at:cut]+parts+body[cut:]
+    fill = {'aside': aside(page, body), 'title': html.escape(page.title if page.title == book.title else f'{page.title} - {book.title}'), 'site': html.escape(book.title), 'promise': html.escape(page.promise, quote=True), 'root': page.to('.'),
+        'home': page.to(order[0].url), 'side': side(book, page), 'body': body, 'turn': turn, 'kind': 'landing' if i == 0 else 'page'}
     return re.sub(r'\{\{(\w+)\}\}', lambda m: fill[m[1]], template)
 
 def lost(book:Book, template:str)->str:

@@ -52,7 +52,6 @@ local render = {
   end,
   Table = function(t) -- widths come from the content; a wide table scrolls in a box of its own
     for _, spec in ipairs(t.colspecs) do spec[2] = nil end
-    t = t:walk{Code = function(c) c.text = c.text:gsub('\\|', '|'); return c end}
     return pandoc.Div({t}, {class='scroll'})
   end,
   Div = function(d)

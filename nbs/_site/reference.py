@@ -1,6 +1,7 @@
 "What a cell defines, read from its text: names, signatures, docstrings, parameters with their comments. Nothing is imported or run."
 import ast, io, re, tokenize
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 @dataclass
 class Param:
@@ -20,6 +21,7 @@ class Symbol:
     returned:str = ''                                    # the comment beside it
     members:list['Symbol'] = field(default_factory=list) # public methods
 
+@lru_cache(4096)
 def parse(code:str)->ast.Module|None: # None: a shell line or a magic, not Python alone
     try: return ast.parse(code)
     except SyntaxError: return None

@@ -10,6 +10,8 @@
   const current = $('.side [aria-current]');
   if (current && current.offsetTop > innerHeight - 160) $('.side').scrollTop = current.offsetTop - innerHeight / 2;
 
+  if (innerWidth <= 16 * 84) $('.aside details')?.removeAttribute('open');
+
   // an address may point into something folded
   const open = () => { let at; try { at = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1))); } catch {}
     for (let e = at; e; e = e.parentElement) if (e.tagName === 'DETAILS') e.open = true;
@@ -36,8 +38,11 @@
   const note = t => { const li = document.createElement('li'); li.className = 'note'; li.textContent = t; hits.append(li); };
   const near = q => {
     const words = q.toLowerCase().split(/\s+/);
-    const score = ([t, , , promise]) => { const l = t.toLowerCase(); return l === q.toLowerCase() ? 4 : l.startsWith(words[0]) && words.every(w => l.includes(w)) ? 3 : words.every(w => l.includes(w)) ? 2 : promise && words.every(w => (l + ' ' + promise.toLowerCase()).includes(w)) ? 1 : 0; };
-    return (window.TITLES || []).map((t, i) => [score(t), i, t]).filter(s => s[0]).sort((a, b) => b[0] - a[0] || a[1] - b[1]).slice(0, 8).map(s => s[2]);
+    const score = ([t, url, , promise]) => { // the very name, a title with all words, a name that begins so, one with all words, a promise
+      const l = t.toLowerCase(), all = words.every(w => l.includes(w)), page = !url.includes('#');
+      return l === q.toLowerCase() ? 5 : all ? page ? 4 : l.startsWith(words[0]) ? 3 : 2 : promise && words.every(w => (l + ' ' + promise.toLowerCase()).includes(w)) ? 1 : 0;
+    };
+    return (window.TITLES || []).map((t, i) => [score(t), i, t]).filter(s => s[0]).sort((a, b) => b[0] - a[0] || a[1] - b[1]).slice(0, 6).map(s => s[2]);
   };
   const search = async () => {
     const mine = ++turn, q = input.value.trim();
