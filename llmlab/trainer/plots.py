@@ -50,7 +50,7 @@ def upper_limit(
     late = values[len(values)//10:]
     return min(max(values), max(late)+.25*(max(late)-min(values)))+.02*(max(values)-min(values))
 
-# %% ../../nbs/4_trainer/06_plots.ipynb #d3f228b8
+# %% ../../nbs/4_trainer/06_plots.ipynb #9d310efe
 def new_figure(
     width:float, # inches
     height:float, # inches
@@ -63,7 +63,7 @@ def new_figure(
     return fig
 
 def png_of(
-    fig, # a matplotlib Figure
+    fig:object, # a matplotlib Figure
 )->bytes:
     "A figure as a PNG file, the same bytes for the same figure."
     png = io.BytesIO()

@@ -9,7 +9,7 @@ __all__ = ['UNREADABLE', 'ORDERS', 'MARKS', 'COLUMNS', 'names_of', 'create', 'ma
            'read_samples', 'elapsed', 'results_of', 'next_commands', 'checkpoint_lines', 'environment_of', 'card',
            'card_table', 'check_deletable', 'delete', 'find_runs', 'delete_question', 'delete_runs']
 
-# %% ../../nbs/4_trainer/05_runs.ipynb #4b7f8a68
+# %% ../../nbs/4_trainer/05_runs.ipynb #df0f15e7
 import difflib, fnmatch, html, json, math, os, platform, re, shlex, shutil, statistics, subprocess, sys, time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from rich.text import Text
 import llmlab
 from ..config import Config, Run, read_yaml
-from ..files import CheckpointError, ConfigError, LlmlabError, disk_errors, read_json, read_jsonl, sweep, whole_folder, write_json
+from ..files import CheckpointError, ConfigError, LlmlabError, disk_errors, read_json, read_jsonl, sweep, whole_folder
 from .checkpoint import best, find_checkpoint, is_complete, latest, list_checkpoints
 from .tracking import clock_time, is_running, read_metrics, read_status
 
