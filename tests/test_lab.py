@@ -94,7 +94,7 @@ def lab(tmp_path_factory):
         port = s.getsockname()[1]
     with open(room/'lab.log', 'w') as log:
         process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
-                                    '--IdentityProvider.token=lab', f'--ServerApp.root_dir={folder}'], cwd=folder, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                                    '--IdentityProvider.token=lab', '--LabApp.expose_app_in_browser=True', f'--ServerApp.root_dir={folder}'], cwd=folder, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
     base, until = f'http://127.0.0.1:{port}', time.monotonic()+90
     while True:
         try:
@@ -127,7 +127,10 @@ def menu(page, *names:str)->None:
     for name in names[1:]: page.get_by_role('menuitem', name=re.compile('^'+re.escape(name))).first.click()
 
 
-def idle(page)->None: page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(timeout=120_000)
+IDLE = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
+
+
+def idle(page)->None: page.locator(IDLE).first.wait_for(timeout=120_000)
 
 
 DONE = """() => {
@@ -142,14 +145,14 @@ def save(page, base:str)->dict:
     "Save as a person does, and read what was written."
     before = saved(base)
     menu(page, 'File', 'Save Notebook')
-    for _ in range(100):
+    for _ in range(200):
         if (now := saved(base)) != before: return now
-        page.wait_for_timeout(100)
+        page.wait_for_timeout(200)
     raise AssertionError('the page was not saved')
 
 
 @contextlib.contextmanager
-def browser_page(base:str, problems:list[str]):
+def browser_page(base:str, problems:list[str], failed:Path):
     from playwright.sync_api import sync_playwright
     quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
     with sync_playwright() as play:
@@ -158,18 +161,19 @@ def browser_page(base:str, problems:list[str]):
         page.on('pageerror', lambda e: problems.append(f'pageerror {e}'))
         page.on('requestfailed', lambda r: None if r.url.startswith(base) else problems.append(f'off-host {r.url}'))
         try: yield page
+        except Exception: page.screenshot(path=failed); raise
         finally: browser.close()
 
 
 def test_the_first_tutorial_in_jupyterlab(lab, pictures):
     "Opened, a cell typed into, restarted, all cells run: none failed, what was typed ran, and the live display is in the page and in the file."
     problems, look = [], '.jp-OutputArea-output .llmlab-run'
-    with browser_page(lab, problems) as page:
+    with browser_page(lab, problems, pictures/'lab-failed.png') as page:
         page.goto(f'{lab}/lab/tree/{PAGE}?token=lab&reset', wait_until='domcontentloaded')
         page.locator('.jp-NotebookPanel').wait_for(timeout=60_000)
         select = page.locator('.jp-Dialog .jp-mod-accept', has_text='Select') # a fresh server may ask for the kernel
-        with contextlib.suppress(Exception): # playwright's own timeout: nobody asked
-            select.wait_for(timeout=3000); select.click()
+        select.or_(page.locator(IDLE)).first.wait_for(timeout=120_000)
+        if select.is_visible(): select.click()
         idle(page)
         if (before := page.locator(look)).count(): before.first.scroll_into_view_if_needed()
         page.screenshot(path=pictures/'lab-opened.png')
@@ -192,7 +196,7 @@ def test_the_first_tutorial_in_jupyterlab(lab, pictures):
         box = shape.bounding_box()
         assert shape.is_visible() and box['width'] > 200 and box['height'] > 80
         page.screenshot(path=pictures/'lab-light.png')
-        menu(page, 'Settings', 'Theme', 'JupyterLab Dark')
+        page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
         page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'", timeout=30_000)
         page.wait_for_timeout(300)
         page.screenshot(path=pictures/'lab-dark.png')
