@@ -416,7 +416,7 @@ def export(
     from llmlab.export import export as work
     work(run, folder, best=best, runs=runs, adapter=adapter, base=base, force=force)
 
-# %% ../nbs/90_cli.ipynb #ce90626e
+# %% ../nbs/90_cli.ipynb #92b09073
 def _print(table)->None:
     "A rich table, as wide as it needs to be where no terminal limits it."
     from rich.console import Console
@@ -448,7 +448,7 @@ def _plot(folder:Path, names:list[str])->None:
     from llmlab.trainer.runs import find_runs
     for path in find_runs(names or ['last'], folder): print(*plot_run(path), sep='\n')
 
-def _report(folder:Path, names:list[str], output:str|None)->None:
+def _report_runs(folder:Path, names:list[str], output:str|None)->None:
     from llmlab.trainer.report import write_report
     from llmlab.trainer.runs import find_runs
     print(write_report(find_runs(names or ['last'], folder), output))
@@ -464,8 +464,8 @@ def _delete(folder:Path, names:list[str], yes:bool)->None:
     from llmlab.trainer.runs import delete_runs
     delete_runs(names, folder, yes, ask=input if sys.stdin.isatty() and sys.stdout.isatty() else None)
 
-# %% ../nbs/90_cli.ipynb #a3b001a2
-_actions = {'list': (_list, 'sort'), 'show': (_show,), 'compare': (_compare, 'output'), 'plot': (_plot,), 'report': (_report, 'output'), 'export': (_export_log, 'output'), 'delete': (_delete, 'yes')} # and the options of each
+# %% ../nbs/90_cli.ipynb #f36a8568
+_actions = {'list': (_list, 'sort'), 'show': (_show,), 'compare': (_compare, 'output'), 'plot': (_plot,), 'report': (_report_runs, 'output'), 'export': (_export_log, 'output'), 'delete': (_delete, 'yes')} # and the options of each
 
 @door
 def runs(

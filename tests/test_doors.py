@@ -111,7 +111,7 @@ def test_a_truncated_chunk(llmlab, trained, tmp_path):
 
 def test_runs(llmlab, trained):
     assert 'r' in llmlab('llmlab_runs', 'list', cwd=trained).stdout
-    for words in (['show', 'r'], ['plot', 'r'], ['compare', 'r', 'r']):
+    for words in (['show', 'r'], ['report', 'r'], ['export', 'r']):
         done = llmlab('llmlab_runs', *words, cwd=trained)
         assert done.returncode == 0, (words, done.stderr)
 
