@@ -194,9 +194,9 @@ def _repr_html_(self:RowView)->str:
         f'<div style="display:flex;height:7px;margin:3px 0">{"".join(ruler)}<span style="flex:{self.padding};background:rgba(128,128,128,.25)"></span></div>'
         '<div style="font:12px/1.7 monospace;white-space:pre-wrap;overflow-wrap:anywhere;max-height:28em;overflow:auto">' + ''.join(parts) + '</div></div>')
 
-# %% ../../nbs/2_packing/04_inspect.ipynb #7527471f
+# %% ../../nbs/2_packing/04_inspect.ipynb #7105052a
 KINDS = {'target': ('bold cyan', 'hsla(210,80%,50%,.25)', 'counts in the loss'), 'context': ('dim', 'hsla(35,90%,50%,.16)', 'is only read'),
-    'padding': ('dim', 'repeating-linear-gradient(45deg,transparent 0 4px,rgba(128,128,128,.35) 4px 6px)', 'empty')} # in a terminal, in HTML, in words
+    'padding': ('dim', 'repeating-linear-gradient(45deg,transparent 0 5px,rgba(128,128,128,.2) 5px 7px)', 'empty')} # in a terminal, in HTML, in words
 
 @dataclass(frozen=True)
 class Piece:
