@@ -45,7 +45,7 @@ def state(self:Loader)->dict: # a few numbers
     "Where the next batch comes from."
     return {}
 '''
-FIRST = [cell('markdown', '# A book of <two> pages & `more`\n> What it *promises*.\n\nIt begins. See [the loop](part/loop.ipynb#a-section) and `Loader.close`, `loop.fit`, `nbs/part/loop.ipynb`; `fit` is a word here.')]
+FIRST = [cell('markdown', '# A book of <two> pages & `more`\n> What it *promises*.\n\nIt begins. See [the loop](part/loop.ipynb#a-section) and `Loader.close`, `loop.fit`, `nbs/part/loop.ipynb`, `part.loop`; `fit` is a word here.')]
 SECOND = [
     cell('code', '#| default_exp part.loop'),
     cell('markdown', '# The loop\n> Steps.\n\n## A section\n\n`fit` reads `Loader`; $$x^2$$ costs $5.\n- a list without a blank line\n\n| a | b |\n|---|---|\n| `x\\|y` | 2 |\n\n::: {.callout-note}\n## Mind\nthe step\n:::'),
@@ -117,14 +117,14 @@ def test_prose_and_outputs(tiny):
 def test_links(tiny):
     _, first, page, out = tiny
     assert 'href="part/loop.html#a-section"' in first and first.count('href="part/loop.html#loader.close"') == 1 and 'href="part/loop.html#fit"' in first
-    assert '<a class="name" href="part/loop.html"><code>nbs/part/loop.ipynb</code>' in first
+    assert '<a class="name" href="part/loop.html"><code>nbs/part/loop.ipynb</code>' in first and '<a class="name" href="part/loop.html"><code>part.loop</code>' in first
     assert '<code>fit</code> is a word' in first # a plain word leads nowhere on a page that does not import it
     assert '<a class="name" href="#fit"><code>fit</code></a> reads' in page and 'rel="prev" href="../index.html"' in page and 'rel="next" href="part/loop.html"' in first
     assert '<title>A book of &lt;two&gt; pages &amp; more - book</title>' in first and 'A &lt;part&gt;' in page and '<two>' not in first
     assert (out/'404.html').exists() and (out/'titles.js').exists()
 
 def test_a_dead_link_is_refused(tmp_path):
-    text = '# T\n> p\n\n[a](b.ipynb) [b](index.ipynb#gone) [c](#nowhere) ![d](no.png) ![e](https://example.com/x.png) [f](https://example.com/) [g](it%20is.txt)'
+    text = '# T\n> p\n\n[a](b.ipynb) [b](index.ipynb#gone) [c](#nowhere) ![d](no.png) ![e](https://example.com/x.png) [f](https://example.com/) [g](it%20is.txt) [h](#A-Place)\n\n## A place'
     nbs = write(tmp_path, {'index.ipynb': [cell('markdown', text), cell('code', '#| ecko: false\n1')]})
     (nbs/'it is.txt').write_text('here')
     done = subprocess.run([sys.executable, root/'nbs'/'_site'/'build.py', '--nbs', nbs, '--out', tmp_path/'out', '--check'], capture_output=True, text=True)
@@ -138,6 +138,9 @@ def test_a_dead_link_is_refused(tmp_path):
 def test_what_is_missing_is_said(tmp_path, monkeypatch):
     nbs = write(tmp_path, {'index.ipynb': FIRST[:1]}, ['index.ipynb', 'gone.ipynb'])
     (tmp_path/'out').mkdir(); (tmp_path/'out'/'old.html').write_text('old')
+    (nbs/'gone.ipynb').write_bytes((nbs/'index.ipynb').read_bytes())
+    with pytest.raises(site.SiteError, match='something else than a site'): site.build(nbs, tmp_path/'out', search=False)
+    (nbs/'gone.ipynb').unlink()
     with pytest.raises(site.SiteError, match='gone.ipynb is in _quarto.yml'): site.build(nbs, tmp_path/'out', search=False)
     with pytest.raises(site.SiteError, match='is no notebook'): (nbs/'gone.ipynb').write_text('{'); site.build(nbs, tmp_path/'out', search=False)
     assert (tmp_path/'out'/'old.html').exists() and sorted(p.name for p in tmp_path.iterdir()) == ['nbs', 'out', 'settings.ini'] # the site of before, and nothing beside it

@@ -52,6 +52,7 @@ class Book:
     source:str                    # address of the source, up to the path in it
     lines:dict                    # (module, name) -> line
     commands:dict                 # llmlab_train -> (module, name)
+    base:str                      # where it lies on its host: /llmlab
 
 # ---- one notebook
 
@@ -277,7 +278,7 @@ def load_book(nbs:Path)->Book:
                 for t in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     if isinstance(t, ast.Name): lines[module, t.id] = node.lineno
     commands = dict(l.split('=') for l in s.get('console_scripts', '').split() if '=' in l)
-    return Book(site.get('title', package), items, pages, package, f"{s.get('git_url', '')}/blob/{s.get('branch', 'main')}", lines, {k: tuple(v.split(':')) for k, v in commands.items()})
+    return Book(site.get('title', package), items, pages, package, f"{s.get('git_url', '')}/blob/{s.get('branch', 'main')}", lines, {k: tuple(v.split(':')) for k, v in commands.items()}, s.get('doc_baseurl', '').rstrip('/'))
 
 def find_pandoc()->str:
     try:
@@ -288,7 +289,7 @@ def find_pandoc()->str:
 
 def to_html(markdown:str, pandoc:str)->str:
     "HTML of a page's Markdown."
-    done = subprocess.run([pandoc, '-f', MARKDOWN, '-t', 'html5', '--mathml', '--wrap=none', '--lua-filter', HERE/'quarto.lua', '+RTS', '-A16m', '-RTS'], input=markdown, text=True, capture_output=True, encoding='utf-8')
+    done = subprocess.run([pandoc, '-f', MARKDOWN, '-t', 'html5', '--mathml', '--wrap=none', '--lua-filter', HERE/'quarto.lua'], input=markdown, text=True, capture_output=True, encoding='utf-8')
     if done.returncode: raise SiteError(f'pandoc stopped: {done.stderr.strip()}')
     return done.stdout
 
@@ -303,7 +304,7 @@ def tidy(body:str, page:Page)->str:
     body = re.sub(r'<h([2-6])( class="[^"]*")? id="([^"]+)"', lambda m: m[0] if 'symbol' in (m[2] or '') or m[3] not in taken else f'<h{m[1]}{m[2] or ""} id="{m[3]}-section"', body)
     body = re.sub(r'<td( style="[^"]*")?>(.*?)</td>', lambda m: f'<td class="w"{m[1] or ""}>{m[2]}</td>' if len(re.sub('<[^>]*>', '', m[2])) > 40 else m[0], body, flags=re.S) # text, not a number
     body = re.sub(r'<h1 id="[^"]*"', '<h1', body)
-    body = re.sub(r'<h([2-4]) id="([^"]+)"([^>]*)>(.*?)</h\1>', r'<h\1 id="\2"\3>\4 <a class="here" href="#\2" aria-label="Link to this section">#</a></h\1>', body, flags=re.S)
+    body = re.sub(r'<h([2-4]) id="([^"]+)"([^>]*)>(.*?)</h\1>', r'<h\1 id="\2"\3>\4 <a class="here" href="#\2" aria-label="Link to this section"></a></h\1>', body, flags=re.S)
     return body
 
 KEEP = re.compile(r'(<a\b.*?</a>|<pre\b.*?</pre>|<h[1-6]\b.*?</h[1-6]>|<summary\b.*?</summary>|<p class="signature">.*?</p>|<p class="module">.*?</p>)', re.S)
@@ -339,6 +340,7 @@ class Links:
             if self.book.commands[name] in self.known: return to(*self.known[self.book.commands[name]])
         head, dot, last = name.rpartition('.')
         if dot:
+            if len(self.tails.get(name, ())) == 1: return to(self.modules[next(iter(self.tails[name]))]) # trainer.loop
             if head in page.imports: # tiny.config, Loader.close
                 module, there = page.imports[head]
                 for m, n in ((f'{module}.{there}', last), (module, f'{there}.{last}')):
@@ -365,13 +367,13 @@ class Links:
         body = ''.join(p if i%2 else re.sub(r'<code>([\w./]+(?:\(\))?)</code>', name, p) for i, p in enumerate(parts))
         def href(m):
             url = html.unescape(m[1])
-            if re.match(r'[a-z][\w+.-]*:|//|#', url) or '.ipynb' not in url: return m[0]
+            if re.match(r'[a-z][\w+.-]*:|//', url) or '.ipynb' not in url and url[:1] != '#': return m[0]
             path, _, anchor = url.partition('#')
-            there = os.path.normpath(os.path.join(os.path.dirname(page.path), unquote(path)))
+            there = os.path.normpath(os.path.join(os.path.dirname(page.path), unquote(path))) if path else page.path
             if there not in self.book.pages: return m[0] # the check tells
             p = self.book.pages[there]
             if anchor and anchor not in p.ids: anchor = next((a for a in (anchor.lower(), anchor.lower()+'-section') if a in p.ids), anchor)
-            return f'href="{html.escape(page.to(p.url)+("#"+anchor if anchor else ""))}"'
+            return f'href="{html.escape((page.to(p.url) if path else "")+("#"+anchor if anchor else ""))}"'
         return re.sub(r'href="([^"]*)"', href, body)
 
 # ---- the frame around a page
@@ -397,7 +399,7 @@ def aside(page:Page, body:str)->str:
     heads = re.findall(r'<h([23]) id="([^"]+)"[^>]*>(.*?)</h\1>', body, re.S)
     out = ''
     if heads:
-        out += '<b>Sections</b><ul>'
+        out += '<ul>'
         for level, at, text in heads: out += f'<li class="h{level}"><a href="#{at}">{re.sub(r"</?a[^>]*>", "", re.sub(r" ?<a class=.here.*?</a>", "", text, flags=re.S))}</a></li>'
         out += '</ul>'
     classes = {m for m, _, k in page.symbols if k == 'class'}
@@ -428,8 +430,7 @@ def frame(book:Book, page:Page, template:str)->str:
     if i == 0:
         doors, parts = landing(book, page)
         head = re.search(r'</h1>\s*(<div class="lead">.*?</div>)?', body, re.S); at = head.end() if head else 0
-        second = [m.start() for m in re.finditer('<h2 ', body)][1:2] # the parts stand after the first section, which says how to begin
-        cut = second[0] if second else len(body)
+        cut = body.find('<h2 ', at); cut = cut if cut > 0 else len(body) # the parts stand after what it is and how to begin
         body = body[:at]+doors+body[at:cut]+parts+body[cut:]
     fill = {'aside': aside(page, body), 'title': html.escape(page.title if page.title == book.title else f'{page.title} - {book.title}'), 'site': html.escape(book.title), 'promise': html.escape(page.promise, quote=True), 'root': page.to('.'),
         'home': page.to(order[0].url), 'side': side(book, page), 'body': body, 'turn': turn, 'kind': 'landing' if i == 0 else 'page'}
@@ -437,7 +438,8 @@ def frame(book:Book, page:Page, template:str)->str:
 
 def lost(book:Book, template:str)->str:
     "The page for an address that does not exist: it may be shown in any folder, so it names no other file."
-    body = '<h1>This page does not exist</h1><p class="lead">The book has no page at this address. It may have been renamed.</p><p><a id="home" href="index.html">To the first page</a></p>'
+    body = '<h1>This page does not exist</h1><p class="lead">The book has no page at this address. It may have been renamed.</p><p><a id="ui-home" href="index.html">To the first page</a></p>' \
+        f'<script>for(const a of document.querySelectorAll("#ui-home,.site"))a.href=location.pathname.startsWith("{book.base}/")?"{book.base}/":a.protocol==="file:"?a.href:"/"</script>'
     style = (HERE/'site.css').read_text()
     text = re.sub(r'<link rel="stylesheet"[^>]*>', lambda m: f'<style>{style}</style>', re.sub(r'<script src=[^>]*></script>', '', template))
     fill = {'title': f'No such page - {html.escape(book.title)}', 'site': html.escape(book.title), 'promise': '', 'root': '.', 'home': 'index.html', 'side': '', 'aside': '', 'body': body, 'turn': '', 'kind': 'lost'}
@@ -493,7 +495,8 @@ def build(nbs:Path, out:Path, search:bool=True, workers:int=2)->list[str]: # wha
     with ThreadPoolExecutor(workers) as pool: list(pool.map(render, sorted(book.pages.values(), key=lambda p: -len(p.markdown))))
     links, template = Links(book), (HERE/'page.html').read_text(encoding='utf-8')
     out = Path(out).resolve(); out.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
+    if out.is_dir() and any(out.iterdir()) and not (out/'titles.js').exists(): raise SiteError(f'{out} holds something else than a site of this book, so it is not replaced. Empty it, or name another folder with --out.')
+    new = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', suffix='.tmp', dir=out.parent))
     try:
         for p in book.pages.values():
             p.body = links.apply(p)
@@ -510,7 +513,7 @@ def build(nbs:Path, out:Path, search:bool=True, workers:int=2)->list[str]: # wha
         bad = [f'{p.path}: {x}' for p in book.pages.values() for x in p.problems]+check(new)[0]
         new.chmod(0o755)
         old = None
-        if out.exists(): old = out.with_name(f'.{out.name}.old-{os.getpid()}'); out.rename(old)
+        if out.exists(): old = out.with_name(f'.{out.name}.{os.getpid()}.tmp'); out.rename(old)
         new.rename(out)
         if old: shutil.rmtree(old)
     finally:
