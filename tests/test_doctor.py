@@ -1,14 +1,15 @@
 "Every finding, with the facts of machines that we do not have."
-import os, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 from llmlab import tiny
-from llmlab.config import Config
+from llmlab.config import Config, load_config
+from llmlab.files import ConfigError, write_json
 from llmlab.launch import doctor
-from llmlab.launch.doctor import (Finding, ask, check_compiler, check_cores, check_disk, check_flash, check_gpus, check_hub, check_memory, check_packages,
-    check_precision, check_python, check_slurm, check_text, check_torch, check_tracking, check_torchvision, check_transformers, check_writable, examine, exit_code, free_memory,
-    import_errors, nvidia_driver, standing, usable_cores)
+from llmlab.launch.doctor import (Finding, ask, check_base, check_cache, check_checkpoint, check_compiler, check_cores, check_disk, check_flash, check_gpus, check_hub, check_memory, check_packages,
+    check_precision, check_python, check_run, check_slurm, check_text, check_tokenizer, check_torch, check_tracking, check_torchvision, check_transformers, check_writable, examine, exit_code, find_cache, free_memory,
+    import_errors, mend, nvidia_driver, plan_of, rows_to_make, standing, tensor_shapes, usable_cores, wants_hub)
 
 GB = 1e9
 cuda = dict(version='2.13.0', built_for='CUDA 13.0', gpus=[dict(name='H100', bytes=80*GB, free=79*GB)], device='cuda', bf16=True, threads=8)
@@ -91,8 +92,6 @@ def test_read_only_folder(tmp_path, monkeypatch):
 
 
 def test_ask_survives_what_it_asks():
-    assert ask('check_python((3, 12, 0)).seen') == ('3.12.0', None)
-    assert 'SIGABRT' in ask('os.abort()')[1]
     assert 'no answer' in ask('signal.pause()', patience=1.)[1]
     assert 'ValueError' in ask('signal.Signals(0)')[1]
 
@@ -168,6 +167,154 @@ def test_examine_a_model_too_large(quick, monkeypatch):
 def test_light():
     code = "import sys, llmlab.launch.doctor; sys.exit(bool({'torch', 'transformers', 'datasets', 'wandb', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, '-c', code], env=os.environ | {'PYTHONPATH': str(Path(doctor.__file__).parents[2])}).returncode == 0
+
+
+def checkpoint(path:Path, step:int, config:Config, **more)->Path:
+    "A checkpoint with a tensor in it."
+    import torch
+    from llmlab.trainer.checkpoint import save_checkpoint
+    state = dict(global_step=step, model_state_dict={'embed.weight': torch.zeros(100, 8), 'mlp.weight': torch.zeros(8, 16)}, model_config={'seq_len': config.packing.seq_len}, optimizer_state_dict={}, scheduler_state_dict={},
+                 scaler_state_dict={}, train_config=config.to_dict(), best_val_loss=None, architecture='ar', cache_info={})
+    return save_checkpoint(path/'checkpoints'/f'step-{step:08d}', state | more)
+
+
+@pytest.fixture
+def plan(tmp_path): return tiny.config(f'run.folder={tmp_path/"runs"}', f'packing.folder={tmp_path/"cache"}')
+
+
+@pytest.fixture
+def run(tmp_path, plan):
+    "A run with two checkpoints."
+    path = tmp_path/'runs'/'one'
+    for step in (10, 20): checkpoint(path, step, plan)
+    plan.save(path/'config.yaml')
+    write_json(path/'status.json', {'state': 'stopped', 'step': 20})
+    return path
+
+
+def change(path:Path)->None:
+    "Turn a bit; the length stays."
+    data = bytearray(path.read_bytes()); data[-1] ^= 1; path.write_bytes(data)
+
+
+def test_a_run_that_is_whole(run):
+    assert check_run(run).state == 'ok' and 'newest step-00000020' in check_run(run).seen
+    assert check_checkpoint('x', run/'checkpoints'/'step-00000010').state == 'ok'
+
+
+@pytest.mark.parametrize('which,how,state', [('20', 'cut', 'problem'), ('20', 'change', 'problem'), ('20', 'gone', 'problem'), ('10', 'change', 'warning'), ('both', 'change', 'problem')])
+def test_a_damaged_checkpoint_is_named_with_its_remedy(run, which, how, state):
+    for path in (run/'checkpoints').iterdir():
+        if which != 'both' and not path.name.endswith(which): continue
+        file = path/'model.safetensors'
+        {'cut': lambda: file.write_bytes(file.read_bytes()[:-9]), 'change': lambda: change(file), 'gone': (path/'complete.json').unlink}[how]()
+    found = check_run(run)
+    assert found.state == state and 'step-000000' in found.seen
+    assert ('No checkpoint of it is whole' if which == 'both' else f'step-000000{which}: the run goes on from step-000000{"10" if which == "20" else "20"}') in found.advice
+    if which == '20': assert check_checkpoint('x', run/'checkpoints'/'step-00000020').state == 'problem'
+
+
+def test_runs_that_cannot_be_looked_at(run, tmp_path):
+    write_json(run/'status.json', {'state': 'running', 'pid': os.getpid(), 'host': os.uname().nodename})
+    assert 'is running' in check_run(run).seen
+    (run/'config.yaml').write_text('trainer: {bach_size: 1}')
+    assert check_run(run).state == 'problem'
+    assert doctor._named_run('two', str(tmp_path/'runs')).state == 'problem' and 'Is it one of one?' in doctor._named_run('oen', str(tmp_path/'runs')).seen
+    assert doctor._named_run('one/checkpoints/step-00000010', str(tmp_path/'runs')).state == 'problem' # a checkpoint is named by its path
+    assert doctor._named_run(str(run/'checkpoints'/'step-00000010'), 'runs').about == 'checkpoint step-00000010'
+
+
+def tuning(plan, init, **peft): return load_config('sft', [f'finetune.init={init}', f'run.folder={plan.run.folder}', *(f'finetune.peft.{k}={v}' for k, v in peft.items())])
+
+
+def test_a_tuning_looks_at_the_model_that_it_loads(run, plan):
+    needs, found = check_base(tuning(plan, run))
+    assert [f.state for f in found] == ['ok', 'ok'] and needs['parameters'] == 100*8+8*16 and needs['checkpoint'] == 12*928
+    assert check_base(tuning(plan, 'one', method='lora', r=4))[0]['checkpoint'] == 12*4*(8+16)
+    change(run/'checkpoints'/'step-00000020'/'model.safetensors')
+    assert check_base(tuning(plan, 'one'))[1][0].state == 'problem'
+    assert check_base(tuning(plan, 'two'))[1][0].state == 'problem'
+
+
+def test_a_tuning_of_a_hugging_face_model(run, plan, tmp_path, monkeypatch):
+    folder = tmp_path/'theirs'
+    folder.mkdir(); (folder/'config.json').write_text('{}')
+    assert 'no .safetensors' in check_base(tuning(plan, folder))[1][0].seen
+    shutil.copy(run/'checkpoints'/'step-00000020'/'model.safetensors', folder)
+    assert check_base(tuning(plan, folder))[0]['memory'] == 16*928
+    (folder/'model.safetensors').write_bytes(b'cut')
+    assert check_base(tuning(plan, folder))[1][0].state == 'problem'
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path/'hub'))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    needs, found = check_base(tuning(plan, 'nobody/no-such-model'))
+    assert needs == {} and found[0].state == 'problem' and 'not here yet' in found[0].seen
+    monkeypatch.delenv('HF_HUB_OFFLINE')
+    assert check_base(tuning(plan, 'nobody/no-such-model'))[1][0].state == 'ok'
+
+
+def test_the_cache_that_a_run_would_use(plan, one_thread):
+    from llmlab.data.corpora import open_corpus
+    from llmlab.recipes import prepare, tokenizer_folder
+    corpus = open_corpus(plan.data)
+    assert doctor._tokenizer_folder(plan, corpus) == tokenizer_folder(plan, corpus)
+    assert find_cache(plan) is None and 'none yet' in check_cache(plan).seen
+    data = prepare(plan, say=lambda line: None)
+    assert find_cache(plan) == data.train.path
+    assert check_cache(plan).state == 'ok' and f'complete: {data.train.num_rows:,} rows' in check_cache(plan).seen
+    assert find_cache(tiny.config(f'packing.folder={plan.packing.folder}', 'packing.seq_len=32')) is None
+    (data.train.path/data.train.chunks[0]['file']).unlink()
+    assert check_cache(plan).state == 'problem' and '--mode inverse' in check_cache(plan).advice
+    (data.train.path/'cache_metadata.json').write_text('{}')
+    assert check_cache(plan).state == 'problem'
+
+
+def test_what_a_config_names(tmp_path):
+    def text(**data): return check_text(Config(data=data))
+    (tmp_path/'mine.py').write_text('def documents(): yield "a"')
+    assert text(name='file', file=str(tmp_path/'mine.py')).state == 'ok'
+    assert check_text(Config(data=dict(name='file', file=str(tmp_path/'mine.py')), finetune=dict(init='x'))).state == 'problem'
+    for wrong in ('def documents(:', 'def texts(): pass'):
+        (tmp_path/'mine.py').write_text(wrong)
+        assert text(name='file', file=str(tmp_path/'mine.py')).state == 'problem'
+    assert text(name='bins', path=str(tmp_path)).state == 'problem'
+    (tmp_path/'train.bin').touch()
+    assert text(name='bins', path=str(tmp_path)).state == 'ok'
+    assert wants_hub(Config(data=dict(name='hub', path='owner/name'))) and not wants_hub(Config(data=dict(name='hub', path=str(tmp_path)))) and not wants_hub(Config())
+    assert check_tokenizer(Config(tokenizer=dict(kind='hf', path=str(tmp_path/'no')))).state == 'problem'
+    assert rows_to_make(Config(data=dict(name='openwebtext'), packing=dict(folder=str(tmp_path/'cache')))) > 10*GB and rows_to_make(Config()) == 0
+
+
+def test_mend(plan, run, tmp_path):
+    dead = dict(state='running', pid=2**22+1, step=20)
+    write_json(run/'status.json', dead | {'host': os.uname().nodename})
+    write_json(tmp_path/'runs'/'far'/'status.json', dead | {'host': 'elsewhere'})
+    (run/'checkpoints'/'.step-00000030.4194305.tmp').mkdir()
+    write_json(tmp_path/'cache'/'packed_sequences'/'cache_registry.json', {'changed': True})
+    done = mend(plan)
+    assert len(done) == 3 and json.loads((run/'status.json').read_text()) == dead | {'host': os.uname().nodename, 'state': 'killed'}
+    assert json.loads((tmp_path/'runs'/'far'/'status.json').read_text())['state'] == 'running' # it may be alive there
+    assert len(list((run/'checkpoints').iterdir())) == 2 and check_run(run).state == 'ok'
+    assert mend(plan) == []
+    assert len(mend(tiny.config(f'run.folder={tmp_path/"a"/"runs"}', f'packing.folder={tmp_path/"a"/"cache"}'))) == 2
+
+
+def test_what_a_command_plans(run, tmp_path):
+    assert plan_of(None) is None and plan_of(None, runs=['no-such-run'], folder=tmp_path) is None
+    assert plan_of('quickstart').data.name == 'python' and plan_of(None, runs=['one'], folder=tmp_path/'runs').data.name == 'stories'
+    assert plan_of(None, runs=[str(run/'checkpoints'/'step-00000010')]).data.name == 'stories'
+    assert isinstance(plan_of('no-such-preset'), ConfigError)
+
+
+def test_the_door(quick, run, tmp_path, capsys, monkeypatch):
+    from llmlab.cli import doctor as door
+    monkeypatch.chdir(tmp_path)
+    door(['--run', 'one', '--fix'])
+    said = capsys.readouterr().out
+    assert 'made the folder' in said and 'run one' in said and 'cached rows' in said
+    change(run/'checkpoints'/'step-00000020'/'model.safetensors')
+    with pytest.raises(SystemExit) as e: door(['--run', 'one', '--config', 'tiny_test', 'trainer.bach_size=1'])
+    said = capsys.readouterr()
+    assert e.value.code == 1 and 'did you mean trainer.batch_size?' in said.out and 'goes on from step-00000010' in said.out and 'there are problems' in said.err
 
 
 @given(st.floats(0, 1e14), st.floats(0, 1e14), st.booleans())

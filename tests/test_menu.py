@@ -132,6 +132,12 @@ def test_a_preset_that_needs_a_text_asks_for_it(runs, tmp_path):
     assert talk(runs, 'n', 'shakespeare_char', '', 'q')[0] is None
 
 
+def test_a_text_of_the_hub_says_so(runs, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    chosen, said = talk(runs, 'n', 'tinystories', '', 'n', 'q')
+    assert chosen is None and 'needs the network' in said and 'WARNING: data.name is tinystories, and HF_HUB_OFFLINE=1' in said
+
+
 def test_a_problem_turns_the_default_to_no(runs, monkeypatch):
     monkeypatch.setattr(page, 'check_step_memory', lambda config: page.Finding('memory', 'problem', 'a step needs 900 GB', 'Take a smaller model.'))
     chosen, said = talk(runs, 'n', 'tiny_test', '', '', 'q')
@@ -163,7 +169,7 @@ def test_offers_and_their_memory(tmp_path):
     assert {o.preset for o in found} == set(presets())-{'sft', 'sft_lora'} and all(o.about for o in found)
     from llmlab.trainer.memory import estimate
     for o in found:
-        if o.preset in ('quickstart', 'small'): assert .5 < rough_memory(o.config, o.parameters)/estimate(o.config, device='cuda').peak < 2
+        if o.preset == 'quickstart': assert .5 < rough_memory(o.config, o.parameters)/estimate(o.config, device='cuda').peak < 2
 
 
 def test_small_words():

@@ -6,12 +6,12 @@
 __all__ = ['Finding', 'exit_code', 'check_python', 'check_packages', 'look_at_torch', 'check_torch', 'check_gpus',
            'check_precision', 'check_flash', 'check_cores', 'check_memory', 'amount', 'check_disk', 'standing',
            'check_writable', 'check_tracking', 'check_torchvision', 'check_transformers', 'check_hub', 'check_compiler',
-           'check_slurm', 'wants_hub', 'check_text', 'check_tokenizer', 'find_cache', 'text_bytes', 'rows_to_make',
-           'check_cache', 'model_needs', 'tensor_shapes', 'tuning_needs', 'check_checkpoint', 'check_run', 'check_base',
-           'mend', 'ask', 'try_import', 'import_errors', 'usable_cores', 'free_memory', 'nvidia_driver', 'plan_of',
-           'examine']
+           'check_slurm', 'hub_flags', 'wants_hub', 'check_text', 'check_tokenizer', 'find_cache', 'text_bytes',
+           'rows_to_make', 'check_cache', 'model_needs', 'tensor_shapes', 'tuning_needs', 'check_checkpoint',
+           'check_run', 'check_base', 'mend', 'ask', 'try_import', 'import_errors', 'usable_cores', 'free_memory',
+           'nvidia_driver', 'plan_of', 'examine']
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #1b4aae12
+# %% ../../nbs/7_launch/01_doctor.ipynb #9ecb98fe
 import ast, importlib.metadata, json, os, re, shutil, signal, struct, subprocess, sys, sysconfig, tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,6 @@ from ..data.corpora import HUB, Corpus, list_files, open_corpus
 from ..data.tokenizer import load_tokenizer
 from ..files import ConfigError, LlmlabError, hash_json, read_json, sweep, write_json
 from ..packing.cache import METADATA, REGISTRY, SPLITS, Cache, cache_folder, list_caches, read_registry, write_registry
-from ..trainer.tracking import is_running, read_status, wandb_mode
 
 # %% ../../nbs/7_launch/01_doctor.ipynb #db9ba782
 @dataclass(frozen=True)
@@ -132,14 +131,14 @@ def check_flash(
     if installed: return Finding('flash-attn', 'warning', seen, "It was built for another torch: reinstall it with --no-build-isolation. Until then torch's own attention is used.")
     return Finding('flash-attn', 'ok', f"{seen}: torch's own attention is used")
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #30a97fd8
+# %% ../../nbs/7_launch/01_doctor.ipynb #76a204b1
 def check_cores(
     cores:int, # that this process may use
     threads:int, # that torch will use
     load:float, # processes that want to run, mean of the last minute
 )->Finding:
     "Whether cores and threads match, and whether anybody else is working here."
-    seen = f'{cores} cores, {threads} threads, load {load:.1f}'
+    seen = f'{cores} cores, {threads} thread{"s"*(threads != 1)}, load {load:.1f}'
     if threads > cores: return Finding('cores', 'warning', seen, f'Threads will wait for each other: set run.threads={cores}.')
     if threads < cores/4: return Finding('cores', 'warning', seen, f'Most cores will idle: is OMP_NUM_THREADS set? run.threads={cores} uses them all.')
     if load > cores/2: return Finding('cores', 'warning', seen, 'Other processes are at work: measured speeds will be too low.')
@@ -276,7 +275,11 @@ def check_slurm(
     if missing: return Finding('slurm', 'warning', f'{", ".join(missing)} not found, the rest is there', 'Is this a login node of the cluster? Load its Slurm module.')
     return Finding('slurm', 'ok', ', '.join(tools))
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #b495ec9a
+# %% ../../nbs/7_launch/01_doctor.ipynb #bee86832
+def hub_flags()->dict[str, str]:
+    "The environment variables that keep the hub libraries offline, as they are set."
+    return {k: v for k in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'TRANSFORMERS_OFFLINE') if (v := os.environ.get(k))}
+
 def _problem_of_file(path:Path, names:tuple[str, ...])->str|None:
     "What is wrong with a Python file that should hold one of these functions. Reads it; runs nothing."
     try: tree = ast.parse(path.read_bytes())
@@ -305,8 +308,9 @@ def check_text(
 )->Finding:
     "Whether the text that a config names is there. No document is read."
     if wrong := _problem_of_text(config): return Finding('text', 'problem', wrong, 'Correct data.path or data.file.' if 'exist' in wrong else 'Say where the text is.' if 'given' in wrong else 'Mend that file, or name another.')
-    path = config.data.file or config.data.path
-    return Finding('text', 'ok', config.data.name + (f': {path}' if path else ': from the hub' if wants_hub(config) else ': comes with llmlab' if config.data.name in ('stories', 'instructions') else ''))
+    name, path = config.data.name, config.data.file or config.data.path
+    where = 'from the hub: that needs the network, unless it was fetched before' if wants_hub(config) else path or ('the sources of this Python' if name == 'python' else 'comes with llmlab')
+    return Finding('text', 'ok', f'{name}: {where}')
 
 def check_tokenizer(
     config:Config, # the section tokenizer
@@ -422,7 +426,7 @@ def tuning_needs(
     adapters = sum(peft.r*sum(shape) for name, shape in shapes.items() if len(shape) == 2 and not any(n in name for n in names))
     return _needs_of(total+(adapters if peft.method != 'full' else 0), total if peft.method == 'full' else adapters, config.trainer.keep_last)
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #95ebf226
+# %% ../../nbs/7_launch/01_doctor.ipynb #41090f85
 def check_checkpoint(
     about:str, # what it is for
     path:str|Path, # a checkpoint of ours
@@ -439,6 +443,7 @@ def check_run(
 )->Finding:
     "Whether a run can go on: its settings, and every byte of its checkpoints. Imports torch."
     from llmlab.trainer.checkpoint import check_files, list_checkpoints
+    from llmlab.trainer.tracking import is_running, read_status
     path, about = Path(path), f'run {Path(path).name}'
     try: load_config(path/'config.yaml'); state = read_status(path).get('state', 'new')
     except LlmlabError as e: return Finding(about, 'problem', f'cannot be read: {e}', 'Restore config.yaml (each checkpoint holds the settings too, in meta.json), or delete the run.')
@@ -480,7 +485,7 @@ def check_base(
     if not needs['parameters']: return {}, [first] if first.state == 'problem' else [Finding('finetune.init', 'problem', f'{base.path} holds no .safetensors weights', 'Copy or download the model again; weights in other formats could run code and are not read.')]
     return needs, [first, Finding('model', 'ok', f"that of finetune.init, {needs['parameters']/1e6:.1f}M parameters; a checkpoint of {needs['checkpoint']/1e9:.2f} GB{' at most' if config.finetune.peft.method != 'full' else ''}")]
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #93c1fd9c
+# %% ../../nbs/7_launch/01_doctor.ipynb #ba43e8ca
 def _leftovers(config:Config)->list[Path]:
     "Folders in which writers that were killed may have left something."
     runs, cache = Path(config.run.folder), Path(config.packing.folder)
@@ -489,9 +494,10 @@ def _leftovers(config:Config)->list[Path]:
 
 def _died(path:Path)->bool:
     "Whether a run says that it runs, on this machine, and no process does."
-    try: status = read_status(path)
+    from llmlab.trainer.tracking import is_running
+    try: status = read_json(path/'status.json')
     except LlmlabError: return False
-    return status.get('state') == 'running' and status.get('host') == os.uname().nodename and not is_running(path)
+    return isinstance(status, dict) and status.get('state') == 'running' and status.get('host') == os.uname().nodename and not is_running(path)
 
 def mend(
     config:Config|None=None, # run.folder and packing.folder; None: the defaults
@@ -503,7 +509,7 @@ def mend(
     for folder in _leftovers(config):
         if names := sweep(folder): done.append(f'cleared in {folder} what killed writers left: {", ".join(names)}')
     for path in sorted(p.parent for p in Path(config.run.folder).glob('*/status.json')):
-        if _died(path): write_json(path/'status.json', read_status(path) | {'state': 'killed'}); done.append(f'{path.name} said that it was running, and its process is gone: noted as killed')
+        if _died(path): write_json(path/'status.json', read_json(path/'status.json') | {'state': 'killed'}); done.append(f'{path.name} said that it was running, and its process is gone: noted as killed')
     registry = Path(config.packing.folder)/'packed_sequences'/REGISTRY
     if registry.exists() and read_registry(registry) is None: write_registry(config.packing.folder); done.append(f'wrote {registry} anew')
     return done
@@ -613,7 +619,7 @@ def plan_of(
     if kept and plan.finetune.init and not Path(plan.finetune.init).exists() and kept.is_dir(): plan.finetune.init = str(kept.absolute())
     return plan
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #e85acf82
+# %% ../../nbs/7_launch/01_doctor.ipynb #ca37005f
 def _machine(config:Config, torch:dict|None, error:str|None, needs:dict[str, int])->list[Finding]:
     "Findings about processors and memory."
     run, out = config.run, [check_torch(torch, error, nvidia_driver(), config.run.device)]
@@ -623,17 +629,22 @@ def _machine(config:Config, torch:dict|None, error:str|None, needs:dict[str, int
     on_cpu = run.device == 'cpu' or not (torch and torch['gpus'])
     return [*out, check_memory(free_memory(), needs.get('memory', 0), on_cpu)]
 
+def _tracking(config:Config, errors:dict[str, str])->list[Finding]:
+    from llmlab.trainer.tracking import wandb_mode # (imports torch)
+    wish = config.tracking.wandb
+    return check_tracking(wish, wandb_mode(wish), wandb_mode('auto') == 'online', errors, config.tracking.tensorboard)
+
 def _libraries(config:Config, torch:dict|None)->list[Finding]:
     "Findings about libraries that may break, and about the tools of the system."
     gpus, flash, vision = bool(torch and torch['gpus']), _installed('flash-attn') is not None, _installed('torchvision')
-    hub, on_gpu, wish = wants_hub(config), gpus and config.run.device != 'cpu', config.tracking.wandb
+    hub, on_gpu = wants_hub(config), gpus and config.run.device != 'cpu'
     errors = import_errors(['torch.utils.tensorboard', 'wandb', 'transformers.models.llama'] + ['torchvision']*bool(vision) + ['flash_attn']*flash + ['datasets']*bool(hub))
     if 'transformers.models.llama' in errors: errors['transformers'] = errors['transformers.models.llama']
     compiler = shutil.which(os.environ.get('CXX', 'g++')) or shutil.which('clang++')
     return [check_flash(gpus, flash, errors.get('flash_attn'), config.model.backend),
-            *check_tracking(wish, wandb_mode(wish), wandb_mode('auto') == 'online', errors, config.tracking.tensorboard),
+            *(_tracking(config, errors) if torch else []),
             check_torchvision(vision, (torch or {}).get('version'), _requires('torchvision'), errors.get('torchvision')), check_transformers(errors),
-            check_hub({k: v for k in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE', 'TRANSFORMERS_OFFLINE') if (v := os.environ.get(k))}, hub, errors.get('datasets')),
+            check_hub(hub_flags(), hub, errors.get('datasets')),
             check_compiler(compiler, Path(sysconfig.get_paths()['include'], 'Python.h').exists(), bool(_installed('triton')), on_gpu, config.run.compile),
             check_slurm({t: shutil.which(t) for t in ('sbatch', 'squeue', 'scontrol')}, os.environ.get('SLURM_JOB_ID'))]
 

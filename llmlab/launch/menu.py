@@ -7,7 +7,7 @@ __all__ = ['Ask', 'Show', 'greeting', 'devices', 'Choice', 'choices', 'ago', 'ch
            'Offer', 'rough_memory', 'offers', 'length_of', 'offers_table', 'check_step_memory', 'checks', 'Chosen',
            'yes', 'numbers', 'longer', 'overrides_for', 'menu', 'open_menu']
 
-# %% ../../nbs/7_launch/02_menu.ipynb #e2dba0c5
+# %% ../../nbs/7_launch/02_menu.ipynb #2d55e546
 import re, shlex, shutil, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from ..config import Config, find_config, load_config, presets
 from ..files import ConfigError, LlmlabError, read_json
-from .doctor import Finding, check_cache, check_disk, check_text, free_memory, model_needs, rows_to_make, standing, usable_cores
+from .doctor import Finding, check_cache, check_disk, check_hub, check_text, free_memory, hub_flags, model_needs, rows_to_make, standing, usable_cores, wants_hub
 
 # %% ../../nbs/7_launch/02_menu.ipynb #636f9fe8
 def greeting(
@@ -185,7 +185,7 @@ def offers_table(
         table.add_row(str(n), o.preset, Text(o.name), length_of(o.config), f'~{rough_memory(o.config, o.parameters)/1e9:.0f} GB', *([Text(o.about)] if width >= 110 else []))
     return table
 
-# %% ../../nbs/7_launch/02_menu.ipynb #19554daa
+# %% ../../nbs/7_launch/02_menu.ipynb #e5d34091
 def check_step_memory(
     config:Config, # all settings
 )->Finding:
@@ -204,8 +204,8 @@ def checks(
     count:bool=True, # also count the memory of a step
 )->list[Finding]: # text, cached rows, disk, memory
     "What the menu says before a run starts or goes on. Imports torch."
-    text, tuned = check_text(config), bool(config.finetune.init)
-    found = [text] + ([check_cache(config)] if text.state == 'ok' else [])
+    text, tuned, hub = check_text(config), bool(config.finetune.init), wants_hub(config)
+    found = [text] + ([check_hub(flags, hub)] if hub and (flags := hub_flags()) else []) + ([check_cache(config)] if text.state == 'ok' else [])
     needed = (0 if tuned else model_needs(config)['run']) + (rows_to_make(config) if text.state == 'ok' else 0)
     found.append(check_disk('disk', Path(config.run.folder), shutil.disk_usage(standing(config.run.folder)).free, needed))
     return found + ([check_step_memory(config)] if count else [])
