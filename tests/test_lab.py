@@ -127,10 +127,19 @@ def menu(page, *names:str)->None:
     for name in names[1:]: page.get_by_role('menuitem', name=re.compile('^'+re.escape(name))).first.click()
 
 
-IDLE = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
+def idle(page)->None: page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').first.wait_for(timeout=120_000)
 
 
-def idle(page)->None: page.locator(IDLE).first.wait_for(timeout=120_000)
+def open_page(page, base:str, name:str)->None:
+    "Open a notebook, and wait for its cells and its kernel. A fresh server may ask which kernel: take the one it offers."
+    page.goto(f'{base}/lab/tree/{name}?token=lab&reset', wait_until='domcontentloaded')
+    page.locator('.jp-NotebookPanel .jp-Cell').first.wait_for(timeout=120_000)
+    select, ready = page.locator('.jp-Dialog .jp-mod-accept', has_text='Select'), "() => window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'"
+    for _ in range(1200):
+        if select.is_visible(): select.click()
+        elif page.evaluate(ready): return idle(page)
+        page.wait_for_timeout(100)
+    raise AssertionError('the kernel did not start')
 
 
 DONE = """() => {
@@ -169,12 +178,7 @@ def test_the_first_tutorial_in_jupyterlab(lab, pictures):
     "Opened, a cell typed into, restarted, all cells run: none failed, what was typed ran, and the live display is in the page and in the file."
     problems, look = [], '.jp-OutputArea-output .llmlab-run'
     with browser_page(lab, problems, pictures/'lab-failed.png') as page:
-        page.goto(f'{lab}/lab/tree/{PAGE}?token=lab&reset', wait_until='domcontentloaded')
-        page.locator('.jp-NotebookPanel').wait_for(timeout=60_000)
-        select = page.locator('.jp-Dialog .jp-mod-accept', has_text='Select') # a fresh server may ask for the kernel
-        select.or_(page.locator(IDLE)).first.wait_for(timeout=120_000)
-        if select.is_visible(): select.click()
-        idle(page)
+        open_page(page, lab, PAGE)
         if (before := page.locator(look)).count(): before.first.scroll_into_view_if_needed()
         page.screenshot(path=pictures/'lab-opened.png')
         editor = page.locator('.jp-CodeCell .cm-content').first
