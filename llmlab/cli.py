@@ -484,7 +484,7 @@ def runs(
     if wrong := [o for o, v in given.items() if v and o not in takes]: raise ConfigError(f'{", ".join("--"+o for o in wrong)}: not for llmlab_runs {action}.')
     work(Path(folder), list(names), **{o: given[o] for o in takes})
 
-# %% ../nbs/90_cli.ipynb #7813dd9a
+# %% ../nbs/90_cli.ipynb #ac86d297
 @door
 def doctor(
     overrides:_overrides=(),
@@ -502,6 +502,7 @@ def doctor(
     from llmlab.launch.doctor import examine, exit_code, mend, plan_of
     plan = plan_of(config, overrides, run or (), runs, say=print)
     if fix: print(*(mend(plan if isinstance(plan, Config) else Config(run={'folder': runs})) or ['nothing that is safe to mend']), sep='\n', end='\n\n')
+    if sys.stdout.isatty(): print('Looking: some seconds ...', file=sys.stderr)
     findings = examine(plan, run or (), runs)
     table, colour = Table(box=None, show_header=False), {'ok': 'green', 'warning': 'yellow', 'problem': 'bold red'}
     for f in findings: table.add_row(Text(f.state, colour[f.state]), f.about, Text(f'{f.seen}' + (f'\n{f.advice}' if f.advice else ''))) # (as it is: '.[dev]' is no markup)

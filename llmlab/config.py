@@ -375,7 +375,7 @@ def parse_value(text:str)->Any:
     "One value by the rules of our YAML files."
     return yaml.load(text, _Yaml)
 
-# %% ../nbs/01_config.ipynb #fbc60fd8
+# %% ../nbs/01_config.ipynb #ec5fb0c0
 @dataclass
 class Source:
     "Settings as written, and where each was written."
@@ -399,7 +399,7 @@ def read_yaml(path:str|Path)->Source:
     "The settings of one file with their lines. Raises ConfigError where it is not YAML, or not keys and values."
     path = Path(path)
     try: loader = _Yaml(path.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError) as e: raise ConfigError(f'{path} cannot be read: {e}') from e
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise ConfigError(f'{path} cannot be read: {e}') from e # (YAMLError: a control character)
     try:
         node, src = loader.get_single_node(), Source()
         if node is None: return src

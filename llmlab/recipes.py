@@ -11,12 +11,14 @@ __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'tokenizer_folder'
            'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps',
            'fill']
 
-# %% ../nbs/80_recipes.ipynb #a11024c9
+# %% ../nbs/80_recipes.ipynb #eb9cbc14
 import contextlib, fcntl, functools, json, math, os, re, shutil, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 import llmlab.packing.inspect # gives Cache its display in a notebook
 from .config import Config, Run, load_config
 from .data.corpora import Corpus, open_corpus
@@ -33,7 +35,7 @@ from .finetune.examples import gather_examples, looks
 from .finetune.sft import Base, Taught, settle_base
 from .finetune.start import start_network
 from .finetune.vision import freeze_unused
-from .files import CacheError, CheckpointError, ConfigError, DataError, LlmlabError, hash_json, read_json, read_jsonl, whole_folder, write_json
+from .files import disk_errors, CacheError, CheckpointError, ConfigError, DataError, LlmlabError, hash_json, read_json, read_jsonl, whole_folder, write_json
 from .models.transformer import Shape, flops_per_token
 from .models.zoo import build_model
 from .packing.bins import bins_tokenizer, find_bins, open_bins
@@ -51,7 +53,7 @@ from .trainer.plots import plot_run
 from .trainer.runs import checkpoint_of, create, environment, find_run, names_of
 from .trainer.tracking import Stopped, Tracker, is_running, open_tracker, read_metrics
 
-# %% ../nbs/80_recipes.ipynb #a01863e1
+# %% ../nbs/80_recipes.ipynb #f4fe1139
 def tokenizer_folder(
     cfg:Config, # sections tokenizer and packing
     corpus:Corpus, # the text that a vocabulary is made from
@@ -72,7 +74,7 @@ def prepare_tokenizer(
 @contextlib.contextmanager
 def _alone(folder:Path):
     "Of several processes that want the same tokenizer at once, one makes it."
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder): folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f'.{folder.name}.lock'), 'w') as lock:
         with contextlib.suppress(OSError): fcntl.flock(lock, fcntl.LOCK_EX) # without locks each makes it, to the same bytes
         yield
@@ -83,7 +85,7 @@ def _make_tokenizer(cfg:Config, corpus:Corpus, folder:Path, say:Callable[[str], 
     tokenizer.save(folder)
     return tokenizer
 
-# %% ../nbs/80_recipes.ipynb #16bba4f8
+# %% ../nbs/80_recipes.ipynb #c17a4c3e
 @dataclass
 class Prepared:
     "Everything that training reads: text, vocabulary, rows."
@@ -94,6 +96,7 @@ class Prepared:
     tokenizer_file: Path # the tokenizer, for checkpoints
     template: dict|None = None # how a conversation is written, where examples were (`Template.description`)
 
+    def __repr__(self)->str: return f'<Prepared {self}>'
     def __str__(self)->str:
         t, v = self.train, self.validation
         held = f'{v.num_rows:,} rows for validation' if v else 'no validation split'
@@ -355,7 +358,7 @@ def begin_from(
         with torch.no_grad(): network.embed.weight[tokenizer.mask_id] = network.embed.weight.mean(0)
     say(f'Weights of {path} ({other["architecture"]}, step {other["global_step"]:,})' + (f'; new: {", ".join(fresh)}' if fresh else ''))
 
-# %% ../nbs/80_recipes.ipynb #7a01bcc7
+# %% ../nbs/80_recipes.ipynb #a25c2156
 @dataclass
 class Result:
     "How a run ended."
@@ -386,6 +389,12 @@ class Result:
         lines = [f'  {k:<{width}}  {v}' for k, v in self.rows()]
         for s in self.samples[:2]: lines += ['', f'  sample: {s["prompt"]!r} goes on', *('    '+l for l in (s['prompt']+s['text']).splitlines())]
         return '\n'.join(lines)
+    __repr__ = __str__
+
+@patch
+def _repr_html_(self:Result)->str:
+    cell = '<td style="text-align:left;padding:1px 12px 1px 0">{}</td>'
+    return '<table style="border-collapse:collapse;color:inherit">'+''.join(f'<tr>{cell.format(escape(k))}{cell.format(escape(v))}</tr>' for k, v in self.rows())+'</table>'
 
 # %% ../nbs/80_recipes.ipynb #fe8d8a24
 def write_down(
@@ -478,7 +487,7 @@ def pretrain(
         parts = build(cfg, say, machine, team, fresh=not (resume and latest(resume/'checkpoints', lambda line: None)))
         return carry_out(cfg, parts, resume=resume, limit=limit, screen=screen, say=say, start=start)
 
-# %% ../nbs/80_recipes.ipynb #a18b16b6
+# %% ../nbs/80_recipes.ipynb #8620d253
 def settle_limit(
     cfg:Config, # the section trainer
     parts:Parts, # standing where the run goes on
@@ -527,7 +536,7 @@ def carry_out(
     limit = settle_limit(cfg, parts, limit)
     check_gates(cfg, state, say)
     told(team, lambda: write_down(cfg, folder))
-    with (open_tracker(folder, cfg.tracking, folder.name, (checkpoint or {}).get('tracker_ids'), state.global_step if resume else None, parts.steps, {k: v for k, v in cfg.to_dict().items() if k not in ('slurm', 'chain')}, screen, say) # (how a cluster is asked is nobody else's business)
+    with contextlib.closing(parts.loader), (open_tracker(folder, cfg.tracking, folder.name, (checkpoint or {}).get('tracker_ids'), state.global_step if resume else None, parts.steps, {k: v for k, v in cfg.to_dict().items() if k not in ('slurm', 'chain')}, screen, say) # (how a cluster is asked is nobody else's business)
           if team.first else contextlib.nullcontext(Tracker(say=say))) as tracker:
         gather = functools.partial(capture, **parts.stateful(), model_config=parts.network.shape.to_dict(), train_config=cfg.to_dict(), architecture=parts.objective.name,
                                    cache_info=parts.data.train.info(), tracker_ids=tracker.ids(), **({'template': parts.data.template} if parts.data.template else {}))
@@ -536,7 +545,6 @@ def carry_out(
             hooks=[every(cfg.trainer.eval_interval, validator(cfg, parts, tracker))], save=checkpointer(folder/'checkpoints', gather, cfg.trainer.keep_last, [parts.data.tokenizer_file], in_background(cfg, parts), team),
             save_every=cfg.trainer.save_interval, log_every=cfg.trainer.log_interval, tracker=tracker, limit=limit, flops_per_token=work_of(parts.network, cfg.packing.seq_len), folder=folder, enough=patience(cfg.trainer.patience, cfg.trainer.eval_interval),
             check_groups=bool(cfg.finetune.init), team=team, loss=parts.loss, advice=functools.partial(explain_oom, cfg, parts.machine.device.type, world=team.world, vocab_size=parts.data.tokenizer.vocab_size, cache_rows=parts.data.train.num_rows))
-    parts.loader.close()
     return summary(folder, state, parts, time.monotonic()-start, _validated_rows(cfg, state))
 
 # %% ../nbs/80_recipes.ipynb #30539257

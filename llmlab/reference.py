@@ -134,11 +134,10 @@ def metric_table(
     "The metrics of one who measures: name, unit, meaning."
     return table(['name', 'unit', 'meaning'], [[f'`{who}/{k}`', unit, escaped(meaning)] for k, (unit, meaning) in METRICS[who].items()])
 
-# %% ../nbs/91_reference.ipynb #3b6a58ec
+# %% ../nbs/91_reference.ipynb #5919bc95
 def commands()->dict[str, argparse.ArgumentParser]: # llmlab_train -> its parser
     "The commands in the order in which they are written."
-    made = [f for f in vars(cli).values() if inspect.isfunction(f) and f.__module__ == 'llmlab.cli' and 'parser' in f.__code__.co_freevars]
-    parsers = [inspect.getclosurevars(f).nonlocals['parser']() for f in made]
+    parsers = [f.parser() for f in vars(cli).values() if hasattr(f, 'parser')]
     return {p.prog: p for p in parsers}
 
 def _option(a:argparse.Action)->list[str]: # its name, what it takes, its default, what it means

@@ -94,7 +94,7 @@ class Memory:
     "A listener that remembers."
     def __init__(self): self.records = {}
     def log(self, metrics, step): self.records[step] = {k: v for k, v in metrics.items() if k not in ('train/tokens_per_sec', 'train/data_wait', 'train/memory_gb', 'train/mfu')}
-    def finish(self, state): pass
+    def finish(self, state, error): pass
 
 
 def run(folder, name, steps, memory, limit=None, accumulation=2, total=20, resume=False):

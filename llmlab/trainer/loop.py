@@ -464,7 +464,7 @@ class Between:
         self.clock.pause_ends()
         return path
 
-# %% ../../nbs/4_trainer/04_loop.ipynb #fd75db5f
+# %% ../../nbs/4_trainer/04_loop.ipynb #21976665
 @patch
 def wait(self:Between)->None:
     "Go on when what was saved last is on the disk: it may be written in the background."
@@ -491,7 +491,7 @@ def over(self:Between)->bool:
 @patch
 def stop(self:Between, why:str)->None:
     "Write a checkpoint and raise `Stopped`."
-    if self.save: self.tracker.say(f'{why}: step {self.state.global_step:,} is done; saving, then leaving. (Ctrl-C now leaves without saving.)')
+    if self.save: self.tracker.say(f'{why}: step {self.state.global_step:,} is done; saving, then leaving. (A second interrupt leaves without saving.)')
     path = self.write()
     self.wait()
     raise Stopped(why, self.state.global_step, path)
