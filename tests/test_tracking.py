@@ -60,6 +60,14 @@ def test_status_tells_how_it_ended(tmp_path):
         assert not is_running(tmp_path)
 
 
+def test_how_to_go_on_is_said_in_the_words_of_the_run(tmp_path):
+    "Of a fine-tuning it is `finetune` that goes on; a notebook shows these lines and no traceback."
+    for config, recipe in ((None, 'pretrain'), ({'finetune': {'init': None}}, 'pretrain'), ({'finetune': {'init': 'base'}}, 'finetune')):
+        with pytest.raises(Stopped) as caught, open_tracker(tmp_path, files_only, 'r', config=config): raise Stopped('SIGINT', 3, Path('runs/r/checkpoints/step-00000003'))
+        assert caught.value._render_traceback_()[1:] == ["    cfg, folder = resume_settings('runs/r')", f'    {recipe}(cfg, resume=folder)']
+    assert Stopped('limit of 3 steps', 3)._render_traceback_() == ['Stopped: limit of 3 steps after step 3. Nothing was saved.']
+
+
 def test_a_full_disk_ends_the_run_a_broken_listener_does_not(tmp_path, monkeypatch):
     class Broken:
         def log(self, metrics, step): raise OSError('no network')
