@@ -5,7 +5,7 @@ from pathlib import Path
 from torch.testing import assert_close
 from llmlab import recipes
 from llmlab.config import FAMILIES, Model, load_config
-from llmlab.files import ConfigError, LlmlabError
+from llmlab.files import CheckpointError, ConfigError, LlmlabError
 from llmlab.models.layers import rotation
 from llmlab.models.transformer import Shape, build, count_parameters, flops_per_token
 from llmlab.models.zoo import OBJECTIVES, SIZES, build_model, from_llama, llama_kind, make_objective, shape_of, to_llama
@@ -76,7 +76,7 @@ def test_a_family_of_ones_own(mine, monkeypatch):
     assert make_objective(own, {}).name == 'mine'
 
 
-def test_the_family_of_the_tutorial_is_a_file(tmp_path):
+def test_the_family_of_the_tutorial_is_a_file(tmp_path, monkeypatch):
     "The cells that the tutorial marks, one after the other, are a file that settings can name."
     book = json.loads((Path(__file__).parent.parent/'nbs/tutorials/add_family.ipynb').read_text())
     cells = [''.join(c['source']) for c in book['cells'] if c['cell_type'] == 'code']
@@ -85,7 +85,7 @@ def test_the_family_of_the_tutorial_is_a_file(tmp_path):
     folders = [f'run.folder={tmp_path}/runs', f'packing.folder={tmp_path}/cache']
     quiet = dict(screen='none', say=lambda line: None)
     try:
-        cfg = load_config(tmp_path/'ahead.yaml', [*folders, 'run.name=a', 'trainer.max_steps=2', 'data.max_documents=200', 'tokenizer.vocab_size=300', 'run.threads=1', 'trainer.sample_tokens=4'])
+        cfg = load_config(tmp_path/'ahead.yaml', [*folders, 'run.name=a', 'trainer.max_steps=2', 'data.max_documents=200', 'tokenizer.vocab_size=300', 'run.threads=1', 'trainer.sample_tokens=4', 'tracking.tensorboard=false', 'tracking.wandb=off'])
         assert recipes.pretrain(cfg, **quiet).state.global_step == 2
         OBJECTIVES.pop('ahead'); FAMILIES.remove('ahead') # another day
         (tmp_path/'ahead.py').write_text((tmp_path/'ahead.py').read_text()+'\n')
@@ -93,6 +93,11 @@ def test_the_family_of_the_tutorial_is_a_file(tmp_path):
         assert recipes.pretrain(cfg, resume=folder, **quiet).state.global_step == 3
         (network, objective, _, _), _ = recipes.open_trained('a', runs=tmp_path/'runs')
         assert objective.ahead == 3 and len(network.extras) == 2
+        OBJECTIVES.pop('ahead'); FAMILIES.remove('ahead')
+        with pytest.raises(CheckpointError, match=r"family 'ahead'(.|\n)*LLMLAB_FAMILY=.*ahead.py"): recipes.open_trained('a', runs=tmp_path/'runs') # its settings name the file, and nothing runs it
+        (tmp_path/'again.py').write_text((tmp_path/'ahead.py').read_text())
+        monkeypatch.setenv('LLMLAB_FAMILY', str(tmp_path/'again.py'))
+        assert recipes.open_trained('a', runs=tmp_path/'runs')[0].objective.name == 'ahead'
     finally:
         OBJECTIVES.pop('ahead', None)
         if 'ahead' in FAMILIES: FAMILIES.remove('ahead')
