@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Ask', 'Show', 'greeting', 'devices', 'Choice', 'choices', 'ago', 'choices_table', 'short_count', 'suggest_name',
            'Offer', 'rough_memory', 'offers', 'length_of', 'offers_table', 'check_step_memory', 'checks', 'Chosen',
-           'yes', 'numbers', 'longer', 'overrides_for', 'menu', 'open_menu']
+           'yes', 'numbers', 'longer', 'overrides_for', 'menu', 'wrapped', 'open_menu']
 
-# %% ../../nbs/7_launch/02_menu.ipynb #2d55e546
-import re, shlex, shutil, sys, time
-from collections.abc import Callable
+# %% ../../nbs/7_launch/02_menu.ipynb #dcfa8cd0
+import re, shlex, shutil, sys, textwrap, time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import yaml
@@ -185,7 +185,7 @@ def offers_table(
         table.add_row(str(n), o.preset, Text(o.name), length_of(o.config), f'~{rough_memory(o.config, o.parameters)/1e9:.0f} GB', *([Text(o.about)] if width >= 110 else []))
     return table
 
-# %% ../../nbs/7_launch/02_menu.ipynb #e5d34091
+# %% ../../nbs/7_launch/02_menu.ipynb #d99da5e0
 def check_step_memory(
     config:Config, # all settings
 )->Finding:
@@ -202,13 +202,15 @@ def check_step_memory(
 def checks(
     config:Config, # all settings of the run
     count:bool=True, # also count the memory of a step
-)->list[Finding]: # text, cached rows, disk, memory
+)->Iterator[Finding]: # text, hub where it is offline, cached rows, disk, memory; each as soon as it is known
     "What the menu says before a run starts or goes on. Imports torch."
-    text, tuned, hub = check_text(config), bool(config.finetune.init), wants_hub(config)
-    found = [text] + ([check_hub(flags, hub)] if hub and (flags := hub_flags()) else []) + ([check_cache(config)] if text.state == 'ok' else [])
+    text, tuned, hub, flags = check_text(config), bool(config.finetune.init), wants_hub(config), hub_flags()
+    yield text
+    if hub and flags: yield check_hub(flags, hub)
+    if text.state == 'ok': yield check_cache(config)
     needed = (0 if tuned else model_needs(config)['run']) + (rows_to_make(config) if text.state == 'ok' else 0)
-    found.append(check_disk('disk', Path(config.run.folder), shutil.disk_usage(standing(config.run.folder)).free, needed))
-    return found + ([check_step_memory(config)] if count else [])
+    yield check_disk('disk', Path(config.run.folder), shutil.disk_usage(standing(config.run.folder)).free, needed)
+    if count: yield check_step_memory(config)
 
 # %% ../../nbs/7_launch/02_menu.ipynb #8e9f0c95
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def numbers(
     if not found: raise ValueError(text)
     return sorted(found)
 
-# %% ../../nbs/7_launch/02_menu.ipynb #865f4c67
+# %% ../../nbs/7_launch/02_menu.ipynb #85f4252c
 def longer(
     answer:str, # as 2000, 2,000 or 3epochs
     done:int, # steps that are done
@@ -264,10 +266,13 @@ def longer(
 
 def _begin(ask:Ask, show:Show, config:Config, chosen:Chosen, question:str)->Chosen|None:
     "The checks, the command, and the last question. None: no."
-    show('Looking at the text, the cache, the disk and the memory ...')
-    try: found = checks(config)
-    except LlmlabError as e: show(f'{e}'); return None
-    for f in found: show(f'  {f.about:<12} {"" if f.state == "ok" else f.state.upper()+": "}{f.seen}' + (f'. {f.advice}' if f.advice else ''))
+    show('Looking at the text, the cache, the disk and the memory (of a large model that takes a moment) ...')
+    found = []
+    try:
+        for f in checks(config):
+            found.append(f)
+            show(f'  {f.about:<12} {"" if f.state == "ok" else f.state.upper()+": "}{f.seen}' + (f'. {f.advice}' if f.advice else ''))
+    except LlmlabError as e: show(str(e)); return None
     show(f'The same without the menu:\n  {chosen.command}')
     return chosen if yes(ask, question, all(f.state != 'problem' for f in found)) else None
 
@@ -388,14 +393,25 @@ def menu(
             if chosen: return chosen
     except EOFError: return None
 
-# %% ../../nbs/7_launch/02_menu.ipynb #b066495e
+# %% ../../nbs/7_launch/02_menu.ipynb #32beff71
+def wrapped(
+    text:str,
+    width:int, # columns
+)->str:
+    "Lines that break between words, with the rest of a finding below its text; a command line stays whole, to be copied."
+    def one(line:str)->str:
+        if line.startswith('  llmlab_') or len(line) < width: return line
+        return '\n'.join(textwrap.wrap(line, width-1, subsequent_indent=' '*15 if line.startswith('  ') else '', break_on_hyphens=False))
+    return '\n'.join(map(one, text.split('\n')))
+
+# %% ../../nbs/7_launch/02_menu.ipynb #55c9dfcf
 def open_menu(
     folder:str|Path='runs', # the folder of all runs
 )->Chosen|None: # None: nothing is to be started
     "The menu in the terminal."
     from rich.console import Console
     console = Console(highlight=False)
-    def show(thing:object)->None: console.print(thing, markup=False, soft_wrap=isinstance(thing, str))
+    def show(thing:object)->None: console.print(wrapped(thing, console.width) if isinstance(thing, str) else thing, markup=False, soft_wrap=isinstance(thing, str))
     try:
         show(greeting(folder))
         with console.status('Loading PyTorch'): line = devices()
