@@ -151,13 +151,10 @@ DONE = """() => {
 
 
 def save(page, base:str)->dict:
-    "Save as a person does, and read what was written."
-    before = saved(base)
+    "Save as a person does, and read what was written. (Not before it is: a server that is asked for half a file takes it for a damaged one, and puts the old one back.)"
     menu(page, 'File', 'Save Notebook')
-    for _ in range(200):
-        if (now := saved(base)) != before: return now
-        page.wait_for_timeout(200)
-    raise AssertionError('the page was not saved')
+    page.wait_for_function('() => !window.jupyterapp.shell.currentWidget.context.model.dirty', timeout=60_000)
+    return saved(base)
 
 
 @contextlib.contextmanager
