@@ -17,6 +17,7 @@ from reference import Param, Symbol, imported, only_imports, symbols
 HERE = Path(__file__).resolve().parent
 STATIC = ('site.css', 'site.js')
 DOORS = {'tutorials/first_run.ipynb': 'First run', 'tour.ipynb': 'Tour of the house', 'gallery.ipynb': 'Gallery'} # buttons of the landing page, where the book has these pages
+SETTINGS = 'reference/config.ipynb' # its tables begin each line with a setting: `optim.lr` leads there from every page
 # CommonMark, as JupyterLab reads it, and what Quarto adds: fenced divs, attributes, formulas, footnotes (quarto.lua makes anchors as Quarto does)
 MARKDOWN = 'commonmark_x-smart-subscript-superscript-emoji-fancy_lists-gfm_auto_identifiers+autolink_bare_uris-yaml_metadata_block+implicit_figures'
 SILENT = {'notest', 'gpu', 'slow', 'eval', 'exec_doc', 'login', 'default_exp', 'export', 'exports', 'hide_line', 'filter_stream', 'label', 'fig-cap', 'fig-alt', 'tbl-cap', 'code-summary',
@@ -79,6 +80,7 @@ def _plain(text:str)->str: # as a terminal leaves it: no colours, a line that wa
     return re.sub(r'[^\n]*\r(?=[^\n])', '', re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', text).replace('\r\n', '\n')).rstrip()
 
 def _output_text(text:str, kind:str='')->str:
+    if not re.search(r'\S(  |\t)\s*\S', text): kind += ' wrap' # no columns that a break would spoil
     return raw(f'<pre class="output{kind}" tabindex="0">{html.escape(_plain(text))}</pre>') if text.strip() else ''
 
 def _size(data:bytes)->tuple[int, int]|None: # of a PNG
@@ -133,7 +135,7 @@ def parameters(rows:list[Param], word:str)->str:
     if not rows or not any(p.type or p.default or p.comment for p in rows): return ''
     head = [word] + [n for n, k in (('type', 'type'), ('default', 'default'), ('meaning', 'comment')) if any(getattr(p, k) for p in rows)]
     take = {'type': lambda p: _code(p.type), 'default': lambda p: _code(p.default), 'meaning': lambda p: _cell(p.comment)}
-    return '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---']*len(head), *([_code(p.name), *(take[h](p) for h in head[1:])] for p in rows)])
+    return '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---']*len(head), *([_code(p.name)+'{.own}', *(take[h](p) for h in head[1:])] for p in rows)])
 
 def docstring(text:str)->str:
     "Paragraphs and lists of a docstring as Markdown; what is indented stays as it is."
@@ -175,7 +177,7 @@ def exported(code:str, page:Page, book:Book)->str:
 
 def _anchor(name:str, page:Page)->str: # in lower case, as nbdev has it; a second one of the same letters keeps its own
     low, taken = name.lower(), {a for _, a, _ in page.symbols}
-    return low if low not in taken else name if name not in taken else f'{name}-{len(taken)}'
+    return next(a for a in (low, name, *(f'{low}-{i}' for i in range(2, 99))) if a not in taken)
 
 def _split_title(text:str)->tuple[str, str, str]:
     "Title, promise and the rest of the first Markdown cell."
@@ -300,6 +302,9 @@ def tidy(body:str, page:Page)->str:
         return f'<span class="l"{f" style=--i:{min(depth, 24)}" if depth else ""}>{m[1]}</span>'
     def block(m): return re.sub(r'<span id="cb[\w-]+"><a href="#cb[\w-]+" aria-hidden="true" tabindex="-1"></a>(.*?)</span>(?=\n|</code>)', line, re.sub(r' id="cb\d+"', '', m[0]))
     body = re.sub(r'<div class="sourceCode" id="cb\d+">.*?</div>', block, body, flags=re.S)
+    if page.path == SETTINGS:
+        there = set(re.findall(r'\bid="([^"]+)"', body))
+        body = re.sub(r'<td([^>]*)>(<code>(\w+(?:\.\w+)+)</code>)</td>', lambda m: m[0] if m[3] in there or there.add(m[3]) else f'<td{m[1]} id="{m[3]}">{m[2]}</td>', body)
     taken = {html.escape(a) for _, a, _ in page.symbols}
     body = re.sub(r'<h([2-6])( class="[^"]*")? id="([^"]+)"', lambda m: m[0] if 'symbol' in (m[2] or '') or m[3] not in taken else f'<h{m[1]}{m[2] or ""} id="{m[3]}-section"', body)
     body = re.sub(r'<td( style="[^"]*")?>(.*?)</td>', lambda m: f'<td class="w"{m[1] or ""}>{m[2]}</td>' if len(re.sub('<[^>]*>', '', m[2])) > 40 else m[0], body, flags=re.S) # text, not a number
@@ -319,6 +324,7 @@ class Links:
             for name, anchor, _ in p.symbols:
                 if p.module: self.known[p.module, name] = (p, anchor)
                 self.short[name].add((p.path, anchor))
+        self.settings = {i for i in book.pages[SETTINGS].ids if '.' in i} if SETTINGS in book.pages else set()
         self.tails = defaultdict(set)
         for m in self.modules:
             parts = m.split('.')
@@ -330,7 +336,7 @@ class Links:
         for own, anchor, _ in page.symbols:
             if own == name: return f'#{anchor}'
         if name in self.modules: return to(self.modules[name])
-        if name in page.imports:
+        if name in page.imports and (name in (page.imports[name][1], page.imports[name][0].split('.')[-1]) or not name.islower()): # `import a as work` makes no name of `work`
             module, there = page.imports[name]
             if f'{module}.{there}' in self.modules: return to(self.modules[f'{module}.{there}'])
             if (module, there) in self.known: return to(*self.known[module, there])
@@ -338,6 +344,7 @@ class Links:
             for p in self.book.pages.values():
                 if p.path.startswith('reference/') and name in p.ids: return to(p, name)
             if self.book.commands[name] in self.known: return to(*self.known[self.book.commands[name]])
+        if name in self.settings: return to(self.book.pages[SETTINGS], name) if page.path != SETTINGS else None
         head, dot, last = name.rpartition('.')
         if dot:
             if len(self.tails.get(name, ())) == 1: return to(self.modules[next(iter(self.tails[name]))]) # trainer.loop
@@ -374,7 +381,7 @@ class Links:
             p = self.book.pages[there]
             if anchor and anchor not in p.ids: anchor = next((a for a in (anchor.lower(), anchor.lower()+'-section') if a in p.ids), anchor)
             return f'href="{html.escape((page.to(p.url) if path else "")+("#"+anchor if anchor else ""))}"'
-        return re.sub(r'href="([^"]*)"', href, body)
+        return re.sub(r'<code>(-[^<\s]{1,24})</code>', r'<code class="option">\1</code>', re.sub(r'href="([^"]*)"', href, body))
 
 # ---- the frame around a page
 
@@ -461,7 +468,7 @@ def check(site:Path)->tuple[list[str], int]: # what is wrong; links looked at
     seen, bad, n = {}, [], 0
     for f in sorted(site.rglob('*.html')):
         if 'pagefind' in f.relative_to(site).parts: continue
-        scan = _Scan(); scan.feed(f.read_text(encoding='utf-8')); seen[f.resolve()] = scan
+        scan = _Scan(); scan.feed(re.sub(r'<span class="\w{1,2}"[^>]*>|</span>', '', f.read_text(encoding='utf-8'))); seen[f.resolve()] = scan
     for f, scan in seen.items():
         where = f.relative_to(site.resolve())
         bad += [f'{where}: the anchor #{i} is there twice' for i in dict.fromkeys(scan.twice)]
