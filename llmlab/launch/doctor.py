@@ -11,7 +11,7 @@ __all__ = ['Finding', 'exit_code', 'check_python', 'check_packages', 'look_at_to
            'check_run', 'check_base', 'mend', 'ask', 'try_import', 'import_errors', 'usable_cores', 'free_memory',
            'nvidia_driver', 'plan_of', 'examine']
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #9ecb98fe
+# %% ../../nbs/7_launch/01_doctor.ipynb #2c413073
 import ast, importlib.metadata, json, os, re, shutil, signal, struct, subprocess, sys, sysconfig, tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from ..config import Config, load_config
-from ..data.corpora import HUB, Corpus, list_files, open_corpus
-from ..data.tokenizer import load_tokenizer
-from ..files import ConfigError, LlmlabError, hash_json, read_json, sweep, write_json
+from ..data.corpora import HUB, list_files, open_corpus
+from ..data.tokenizer import load_tokenizer, tokenizer_folder
+from ..files import ConfigError, LlmlabError, read_json, sweep, write_json
 from ..packing.cache import METADATA, REGISTRY, SPLITS, Cache, cache_folder, list_caches, read_registry, write_registry
 
 # %% ../../nbs/7_launch/01_doctor.ipynb #db9ba782
@@ -321,11 +321,7 @@ def check_tokenizer(
     if not Path(t.path).expanduser().exists(): return Finding('tokenizer', 'problem', f'{t.path} does not exist', 'Correct tokenizer.path; without it a vocabulary is made from the text.')
     return Finding('tokenizer', 'ok', f'{t.kind}: {t.path}')
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #7fc667a0
-def _tokenizer_folder(config:Config, corpus:Corpus)->Path: # as recipes.tokenizer_folder has it, which stands later in the book; a test holds them together
-    made_from = [config.tokenizer.model_dump(mode='json')] + ([corpus.fingerprint] if config.tokenizer.path is None else [])
-    return Path(config.packing.folder)/'tokenizers'/f'{corpus.name}-{config.tokenizer.kind}-{hash_json(made_from)[:8]}'
-
+# %% ../../nbs/7_launch/01_doctor.ipynb #bd8f840b
 def _by_name(config:Config)->Path|None:
     "A cache of a corpus of the hub, by what can be known without asking the hub."
     name = config.data.name if config.data.name in HUB else Path(config.data.path).name
@@ -340,7 +336,7 @@ def find_cache(
     if config.data.name in ('bins', 'instructions') or config.finetune.init: return None # read as they lie, or kept elsewhere
     if wants_hub(config): return _by_name(config)
     corpus = open_corpus(config.data)
-    made = _tokenizer_folder(config, corpus)
+    made = tokenizer_folder(config.tokenizer, corpus, config.packing.folder)
     if not (made/'tokenizer.json').is_file(): return None
     folder = cache_folder(corpus, load_tokenizer(made), config.packing)
     return folder if (folder/METADATA).exists() else None
