@@ -1,5 +1,5 @@
 "What the tests share: a quiet environment, and the commands as a person would run them."
-import functools, multiprocessing, os, subprocess, sys, tempfile
+import contextlib, functools, multiprocessing, os, signal, subprocess, sys, tempfile
 from pathlib import Path
 import pytest, torch
 
@@ -30,6 +30,7 @@ def _be_door(door:str, words:tuple[str, ...], cwd:str, env:dict[str, str], strea
     os.environ.clear(); os.environ.update(env)
     for fd, (name, mode) in enumerate(zip(streams, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY))): os.dup2(os.open(name, mode), fd)
     sys.argv = [door, *words]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import llmlab.cli
     getattr(llmlab.cli, names.get(door, door.removeprefix('llmlab_')))()
 
@@ -42,16 +43,37 @@ def ready():
     return context
 
 
+class Running:
+    "A command in a process of its own, from its first line to its exit code, without the loading. It is asked as a `Popen` is."
+    def __init__(self, door:str, *words:str, cwd:Path, **env:str):
+        self.words, self.place = [door, *words], tempfile.TemporaryDirectory()
+        self.streams = (os.devnull, f'{self.place.name}/out', f'{self.place.name}/err')
+        for name in self.streams[1:]: Path(name).touch()
+        self.process = ready().Process(target=_be_door, args=(door, words, str(cwd), os.environ | env, self.streams))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self)->int|None: return self.process.exitcode
+    @property
+    def out(self)->str: return Path(self.streams[1]).read_text()
+    @property
+    def err(self)->str: return Path(self.streams[2]).read_text()
+    def poll(self)->int|None: return self.process.exitcode
+    def send_signal(self, number:int)->None:
+        with contextlib.suppress(ProcessLookupError): os.kill(self.pid, number)
+    def wait(self, timeout:float=300)->int:
+        self.process.join(timeout)
+        if self.process.exitcode is None: raise subprocess.TimeoutExpired(self.words, timeout)
+        return self.process.exitcode
+
+
 def run_door(door:str, *words:str, cwd:Path, timeout:float=300)->subprocess.CompletedProcess:
-    "A command in a process of its own, from its first line to its exit code, without the loading."
-    with tempfile.TemporaryDirectory() as tmp:
-        streams = (os.devnull, f'{tmp}/out', f'{tmp}/err')
-        for name in streams[1:]: Path(name).touch()
-        process = ready().Process(target=_be_door, args=(door, words, str(cwd), dict(os.environ), streams))
-        process.start()
-        process.join(timeout)
-        if process.is_alive(): process.kill(); process.join(); raise subprocess.TimeoutExpired([door, *words], timeout)
-        return subprocess.CompletedProcess([door, *words], process.exitcode, *(Path(name).read_text() for name in streams[1:]))
+    "A command, to its end."
+    p = Running(door, *words, cwd=cwd)
+    try: p.wait(timeout)
+    except subprocess.TimeoutExpired: p.send_signal(signal.SIGKILL); p.wait(); raise
+    return subprocess.CompletedProcess(p.words, p.returncode, p.out, p.err)
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 "Fine-tuning from end to end: the commands, kills and resumes, models of Hugging Face, old YAML files, the user's own data, pictures."
-import json, os, signal, subprocess, time
+import json, os, signal, time
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from conftest import command, root
+from conftest import Running
 from llmlab import tiny
 from llmlab.config import load_config
 from llmlab.data.instructions import bundled_rows
@@ -77,8 +77,7 @@ def test_every_family_learns_answers(init, method, room):
     if method == 'lora': assert all('lora_' in k or k.startswith('extras.') for k in load_file(checkpoint/'model.safetensors'))
 
 
-def start(folder, *words):
-    return subprocess.Popen(command('finetune', *words), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, env=os.environ | {'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'})
+def start(folder, *words): return Running('llmlab_finetune', *words, cwd=folder)
 
 
 @pytest.mark.parametrize('init, method', [('ar', 'full'), ('ar', 'lora'), pytest.param('llama', 'lora', marks=pytest.mark.proof), pytest.param('diffusion', 'full', marks=pytest.mark.proof), pytest.param('llama', 'full', marks=pytest.mark.proof)])
@@ -87,14 +86,14 @@ def test_killed_in_the_middle_of_an_epoch_it_resumes_to_the_same_bits(init, meth
              'trainer.max_steps=50', 'trainer.save_interval=7', 'trainer.log_interval=1', 'trainer.eval_interval=25', 'trainer.sample_tokens=0', 'optim.warmup_steps=5']
     name = f'{init}-{method}'
     p = start(room, *words, f'run.name=whole-{name}')
-    assert p.wait(timeout=300) == 0, p.stderr.read()
+    assert p.wait(timeout=300) == 0, p.err
     log = room/'runs'/f'cut-{name}'/'metrics.jsonl'
     p = start(room, *words, f'run.name=cut-{name}')
     for lines in (12, 31): # never where a checkpoint is
         while p.poll() is None and not (log.exists() and len(read_jsonl(log)) >= lines): time.sleep(.02)
         p.send_signal(signal.SIGKILL); p.wait()
         p = start(room, '--resume', f'cut-{name}')
-    assert p.wait(timeout=300) == 0, p.stderr.read()
+    assert p.wait(timeout=300) == 0, p.err
     unlike = {'train/tokens_per_sec', 'train/memory_gb', 'train/mfu', 'train/data_wait', 'time', 'seconds'}
     def outcome(run):
         last = sorted((room/'runs'/run/'checkpoints').glob('step-*'))[-1]
