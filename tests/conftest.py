@@ -24,7 +24,7 @@ def command(door:str, *words:str)->list[str]:
     return [sys.executable, '-c', f'from llmlab.cli import {names.get(door, door.removeprefix("llmlab_"))} as d; d()', *words]
 
 
-def _be_door(door:str, words:tuple[str, ...], cwd:str, env:dict[str, str], streams:tuple[str, str, str])->None:
+def _be_door(door:str, words:tuple[str, ...], cwd:str, env:dict[str, str], streams:tuple[str, str, str], first:str)->None:
     "In a process of its own: be that command."
     os.chdir(cwd)
     os.environ.clear(); os.environ.update(env)
@@ -32,6 +32,7 @@ def _be_door(door:str, words:tuple[str, ...], cwd:str, env:dict[str, str], strea
     sys.argv = [door, *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import llmlab.cli
+    exec(first, {})
     getattr(llmlab.cli, names.get(door, door.removeprefix('llmlab_')))()
 
 
@@ -45,11 +46,11 @@ def ready():
 
 class Running:
     "A command in a process of its own, from its first line to its exit code, without the loading. It is asked as a `Popen` is."
-    def __init__(self, door:str, *words:str, cwd:Path, **env:str):
+    def __init__(self, door:str, *words:str, cwd:Path, first:str='', **env:str): # first: Python that it runs before
         self.words, self.place = [door, *words], tempfile.TemporaryDirectory()
         self.streams = (os.devnull, f'{self.place.name}/out', f'{self.place.name}/err')
         for name in self.streams[1:]: Path(name).touch()
-        self.process = ready().Process(target=_be_door, args=(door, words, str(cwd), os.environ | env, self.streams))
+        self.process = ready().Process(target=_be_door, args=(door, words, str(cwd), os.environ | env, self.streams, first))
         self.process.start()
         self.pid = self.process.pid
 

@@ -1,8 +1,8 @@
 "A cache grows under a run that is killed: nothing is seen twice, nothing is left out, nothing jumps."
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, signal, time
 from pathlib import Path
 import pytest
-from conftest import command, root
+from conftest import Running, run_door
 from llmlab.config import load_config
 from llmlab.files import CacheError, read_json, read_jsonl, write_json
 from llmlab.packing.cache import open_cache
@@ -15,17 +15,15 @@ from llmlab.trainer.tracking import Stopped
 data = ['--config', 'tiny_test', 'data.max_documents=240', 'data.name=stories', 'tokenizer.kind=byte', 'packing.seq_len=64', 'packing.chunk_rows=64', 'data.validation_fraction=0.1']
 words = [*data, 'run.name=r', 'packing.partial=true', 'trainer.max_steps=null', 'trainer.epochs=1', 'trainer.batch_size=8', 'trainer.save_interval=4', 'trainer.log_interval=1',
          'trainer.eval_interval=1000', 'trainer.sample_tokens=0', 'model.d_model=16', 'model.num_layers=1', 'model.num_heads=2']
-env = os.environ | {'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
 
 def run(folder:Path, door:str, *more:str, code:int=0)->str:
-    done = subprocess.run(command(door, *more), cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = run_door(f'llmlab_{door}', *more, cwd=folder)
     assert done.returncode == code, done.stdout+done.stderr
     return done.stdout+done.stderr
 
 # Training as the command does it, but for a line on the disk for each batch: step, rows.
 noting = '''
-import json, sys
-from llmlab import recipes
+import json
 from llmlab.trainer import loop
 take = loop.take
 step = [0]
@@ -34,12 +32,9 @@ def noted(batches, num, device='cpu'):
     print(json.dumps([int(batches.position), [int(r) for b in out for r in b.rows]]), file=open('rows.jsonl', 'a'), flush=True)
     return out
 loop.take = noted
-from llmlab.cli import train
-train(sys.argv[1:])
 '''
 
-def train(folder:Path, *more:str)->subprocess.Popen:
-    return subprocess.Popen([sys.executable, '-c', noting, *more], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
+def train(folder:Path, *more:str)->Running: return Running('llmlab_train', *more, cwd=folder, first=noting)
 
 def noted(folder:Path)->dict[int, list[int]]: # position after the batch -> its rows; what was done again after a kill counts once, and must be the same
     found = {}
@@ -48,10 +43,10 @@ def noted(folder:Path)->dict[int, list[int]]: # position after the batch -> its 
         found[position] = rows
     return found
 
-def kill_after(p:subprocess.Popen, folder:Path, step:int)->None:
+def kill_after(p:Running, folder:Path, step:int)->None:
     log, deadline = folder/'runs'/'r'/'metrics.jsonl', time.monotonic()+120
     while p.poll() is None and not (log.exists() and len(read_jsonl(log)) >= step): assert time.monotonic() < deadline; time.sleep(.01)
-    assert p.poll() is None, p.stdout.read()
+    assert p.poll() is None, p.err
     p.send_signal(signal.SIGKILL); p.wait()
 
 def test_train_kill_grow_resume_kill_resume(tmp_path):
@@ -65,12 +60,14 @@ def test_train_kill_grow_resume_kill_resume(tmp_path):
     p = train(tmp_path, '--resume')
     kill_after(p, tmp_path, 19)
     p = train(tmp_path, '--resume') # nothing new this time
-    out, _ = p.communicate()
+    p.wait()
+    out = p.out+p.err
     assert p.returncode == 0 and 'has grown' not in out and 'only a part of stories' in out, out
     run(tmp_path, 'prepare', *data, '--verify')
     whole = cache()
     p = train(tmp_path, '--resume') # a run that had finished goes on where new rows begin
-    out, _ = p.communicate()
+    p.wait()
+    out = p.out+p.err
     assert p.returncode == 0 and f'{second:,} -> {whole.num_rows:,} sequences, {second//8:,} -> {whole.num_rows//8:,} steps' in out and 'only a part' not in out, out
     assert first < second < whole.num_rows and whole.complete
     seen = [r for rows in noted(tmp_path).values() for r in rows]
