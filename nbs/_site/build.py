@@ -83,6 +83,14 @@ def _output_text(text:str, kind:str='')->str:
     if not re.search(r'\S(  |\t)\s*\S', text): kind += ' wrap' # no columns that a break would spoil
     return raw(f'<pre class="output{kind}" tabindex="0">{html.escape(_plain(text))}</pre>') if text.strip() else ''
 
+def _joined(outputs:list[dict])->list[dict]:
+    "Outputs, with what was printed piece by piece as one text: where a cell stopped to breathe is chance."
+    out = []
+    for o in outputs:
+        if out and o['output_type'] == 'stream' == out[-1]['output_type'] and o.get('name') == out[-1].get('name'): out[-1] = {**o, 'text': _text(out[-1]['text'])+_text(o['text'])}
+        else: out.append(o)
+    return out
+
 def _size(data:bytes)->tuple[int, int]|None: # of a PNG
     return struct.unpack('>II', data[16:24]) if data[:8] == b'\x89PNG\r\n\x1a\n' else None
 
@@ -226,7 +234,7 @@ def read(page:Page, cells:list[dict], book:Book)->None:
                     block = '\n\n'.join((raw(f'<details class="fold"{" open" if fold == "show" else ""}><summary>{html.escape(word)}</summary>'), block, raw('</details>')))
                 out.append(block)
             if options.get('output') is not False and not (options.keys() & {'hide_output', 'hide-output'}):
-                results = [x for o in c.get('outputs', []) if (x := output(o, options, page))]
+                results = [x for o in _joined(c.get('outputs', [])) if (x := output(o, options, page))]
                 if results and options.get('tbl-cap'): results.append(f'*{options["tbl-cap"]}*')
                 if results: out += [raw('<div class="outputs">'), *results, raw('</div>')]
     if not page.title: page.problems.append('no title: the first Markdown cell must begin with "# Title" and "> one line"'); page.title = page.path
@@ -414,8 +422,9 @@ def aside(page:Page, body:str)->str:
     if names: out += '<b>Defined here</b><ul class="defines">' + ''.join(f'<li><a href="#{html.escape(a)}"><code>{html.escape(n)}</code></a></li>' for n, a in names) + '</ul>'
     return f'<details open><summary>On this page</summary>{out}</details>' if out else ''
 
-def landing(book:Book, page:Page)->tuple[str, str]: # doors, and a card for each section
-    "What only the first page has."
+def landing(book:Book, page:Page, table:str='')->tuple[str, str]: # doors, and a card for each section
+    "What only the first page has; what a section is about, the table of its pages says."
+    about = {re.sub('<[^>]*>', '', name).strip(): text for name, text in re.findall(r'<tr[^>]*>\s*<td[^>]*>(.*?)</td>\s*<td[^>]*>(.*?)</td>', table, re.S)}
     doors = [(book.pages[p], word) for p, word in DOORS.items() if p in book.pages]
     after = list(book.pages.values())[1:2]
     doors = doors or [(p, 'Begin to read') for p in after]
@@ -424,8 +433,9 @@ def landing(book:Book, page:Page)->tuple[str, str]: # doors, and a card for each
     for it in book.items:
         if isinstance(it, str): continue
         inside = [book.pages[p] for p in _flat(it[1])]
-        cards += f'<li><b>{html.escape(it[0])}</b>' + ', '.join(f'<a href="{page.to(p.url)}">{html.escape(p.title)}</a>' for p in inside) + '</li>'
-    return out, f'<nav class="parts" aria-label="Parts of the book"><h2 id="parts-of-the-book">Parts of the book</h2><ul>{cards}</ul></nav>' if cards else ''
+        cards += f'<li><b>{html.escape(it[0])}</b>' + (f'<span>{about[it[0].lower()]}</span>' if it[0].lower() in about else '') + ', '.join(f'<a href="{page.to(p.url)}">{html.escape(p.title)}</a>' for p in inside) + '</li>'
+    title = '' if table else '<h2 id="parts-of-the-book">Parts of the book</h2>'
+    return out, f'<nav class="parts" aria-label="Parts of the book">{title}<ul>{cards}</ul></nav>' if cards else ''
 
 def frame(book:Book, page:Page, template:str)->str:
     "The whole page."
@@ -435,10 +445,12 @@ def frame(book:Book, page:Page, template:str)->str:
     if i+1 < len(order): turn += f'<a rel="next" href="{page.to(order[i+1].url)}"><small>Next</small>{html.escape(order[i+1].title)}</a>'
     body = page.body
     if i == 0:
-        doors, parts = landing(book, page)
+        table = re.search(r'<table>\s*(?:<colgroup>.*?</colgroup>\s*)?<thead>\s*<tr[^>]*>\s*<th[^>]*>part</th>.*?</table>', body, re.S)
+        doors, parts = landing(book, page, table[0] if table else '')
         head = re.search(r'</h1>\s*(<div class="lead">.*?</div>)?', body, re.S); at = head.end() if head else 0
-        cut = body.find('<h2 ', at); cut = cut if cut > 0 else len(body) # the parts stand after what it is and how to begin
-        body = body[:at]+doors+body[at:cut]+parts+body[cut:]
+        cut = body.find('<h2 ', at); cut = cut if cut > 0 else len(body) # the parts stand in place of the table that lists the same pages, or after what it is and how to begin
+        begin, end = table.span() if table else (cut, cut)
+        body = body[:at]+doors+body[at:begin]+parts+body[end:]
     fill = {'aside': aside(page, body), 'title': html.escape(page.title if page.title == book.title else f'{page.title} - {book.title}'), 'site': html.escape(book.title), 'promise': html.escape(page.promise, quote=True), 'root': page.to('.'),
         'home': page.to(order[0].url), 'side': side(book, page), 'body': body, 'turn': turn, 'kind': 'landing' if i == 0 else 'page'}
     return re.sub(r'\{\{(\w+)\}\}', lambda m: fill[m[1]], template)

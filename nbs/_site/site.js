@@ -20,8 +20,15 @@
 
   // the section that is being read
   const links = new Map([...document.querySelectorAll('.aside a')].map(a => [decodeURIComponent(a.hash.slice(1)), a]));
-  const seen = new IntersectionObserver(all => { const hit = all.find(e => e.isIntersecting); if (hit) { $('.aside .now')?.classList.remove('now'); links.get(hit.target.id)?.classList.add('now'); } }, { rootMargin: '-70px 0px -75% 0px' });
-  for (const id of links.keys()) { const e = document.getElementById(id); if (e) seen.observe(e); }
+  const places = [...links.keys()].map(id => document.getElementById(id)).filter(e => e && /^H[23]$/.test(e.tagName) && !e.closest('details:not([open])')).sort((a, b) => a.compareDocumentPosition(b) & 4 ? -1 : 1);
+  const follow = () => { // the last heading above the upper third; at the very end, the last one
+    const end = innerHeight + scrollY > document.body.scrollHeight - 4, at = end && scrollY ? places.at(-1) : places.findLast(e => e.getBoundingClientRect().top < innerHeight / 3);
+    const link = at && links.get(at.id), was = $('.aside .now');
+    if (link !== was) { was?.classList.remove('now'); link?.classList.add('now'); }
+  };
+  let waiting = false;
+  addEventListener('scroll', () => { if (!waiting) { waiting = true; requestAnimationFrame(() => { waiting = false; follow(); }); } }, { passive: true });
+  if (places.length) follow();
 
   for (const box of document.querySelectorAll('div.sourceCode')) {
     const b = document.createElement('button'); b.className = 'copy'; b.textContent = 'Copy'; b.type = 'button';
