@@ -6,8 +6,8 @@
 __all__ = ['RunAgain', 'run_door', 'tidy', 'door', 'train', 'prepare', 'finetune', 'slurm', 'evaluate', 'generate', 'export',
            'runs', 'doctor', 'bench']
 
-# %% ../nbs/90_cli.ipynb #1a06598f
-import functools, json, os, re, sys, traceback
+# %% ../nbs/90_cli.ipynb #80c0ef2a
+import functools, json, os, re, shlex, sys, traceback
 from collections.abc import Callable
 from pathlib import Path
 from fastcore.script import Param, anno_parser
@@ -84,7 +84,7 @@ def _settings(config:str|None, overrides:list[str], under:str|None=None):
     from llmlab.config import load_config
     return load_config(config, overrides, say=print, under=under)
 
-# %% ../nbs/90_cli.ipynb #e01227b8
+# %% ../nbs/90_cli.ipynb #2ea89ad5
 def _compare_baseline(config:str|None, overrides:list[str], resume:str|None, stop_after:str|None)->None:
     "Both arms of a comparison, and what came out."
     from llmlab.config import load_config
@@ -106,7 +106,7 @@ def _run_or_resume(config:str|None, overrides:list[str], resume:str|None, stop_a
     tuning = bool(under) or bool(folder and cfg.finetune.init)
     if under and resume and not cfg.finetune.init: raise LlmlabError(f'{folder} is not a fine-tuning: go on with it by llmlab_train --resume {folder}')
     try: result = (tune if tuning else pretrain)(cfg, resume=folder, limit=parse_limit(stop_after) if stop_after else Limit())
-    except Stopped as e: raise RunAgain(f'{e}\nGo on with: llmlab_{"finetune" if tuning else "train"} --resume' + (f' {e.checkpoint.parent.parent}' if e.checkpoint else '')) from e
+    except Stopped as e: raise RunAgain(f'{e}\nGo on with: llmlab_{"finetune" if tuning else "train"} --resume' + (f' {e.checkpoint.parent.parent}' if e.checkpoint else '') + (f' model.file={shlex.quote(cfg.model.file)}' if cfg.model.file else '')) from e
     if not int(os.environ.get('RANK', 0)): print(result) # (of several ranks one speaks)
 
 def _at_a_terminal()->bool:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'prepare_tokenizer', 'Prepared', 'check_cache', 'full_rows',
            'prepare', 'prepare_examples', 'Parts', 'build', 'gather_parts', 'all_ranks', 'validator', 'settle_shift',
-           'begin_from', 'Result', 'write_down', 'open_run', 'resume_settings', 'check_gates', 'settle_length',
-           'pretrain', 'settle_limit', 'in_background', 'work_of', 'carry_out', 'summary', 'finetune', 'keep_base',
-           'base_again', 'settle_warmup', 'first_prompts', 'open_trained', 'held_out', 'chosen_metrics', 'Writing',
-           'about_model', 'generation', 'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps', 'fill']
+           'begin_from', 'Result', 'write_down', 'open_run', 'resume_settings', 'check_own_file', 'check_gates',
+           'settle_length', 'pretrain', 'settle_limit', 'in_background', 'work_of', 'carry_out', 'summary', 'finetune',
+           'keep_base', 'base_again', 'settle_warmup', 'first_prompts', 'open_trained', 'held_out', 'chosen_metrics',
+           'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps',
+           'fill']
 
-# %% ../nbs/80_recipes.ipynb #9c325e9e
-import contextlib, fcntl, functools, json, math, os, re, shutil, time
+# %% ../nbs/80_recipes.ipynb #a074d660
+import contextlib, fcntl, functools, json, math, os, re, shlex, shutil, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 import llmlab.packing.inspect # gives Cache its display in a notebook
-from .config import Config, Run, load_config
+from .config import Config, Data, Run, load_config
 from .data.corpora import Corpus, open_corpus
 from .data.instructions import prompt_ids
 from .data.rendered import rows_of
@@ -36,7 +37,7 @@ from .finetune.start import start_network
 from .finetune.vision import freeze_unused
 from .files import CacheError, CheckpointError, ConfigError, DataError, LlmlabError, disk_errors, read_json, read_jsonl, whole_folder, write_json
 from .models.transformer import Shape, flops_per_token
-from .models.zoo import build_model
+from .models.zoo import build_model, known_families, settle_file
 from .packing.bins import bins_tokenizer, find_bins, open_bins
 from .packing.cache import METADATA, SPLITS, Cache, build_caches, cache_folder, open_cache, repair_caches
 from .packing.chunks import DamagedChunk
@@ -49,7 +50,7 @@ from .trainer.parallel import Team, arrange, join, leave, one_first, share_of, s
 from .trainer.memory import explain_oom
 from .trainer.optim import Ema, build_optimizer, rate_along, total_steps, warmup_steps
 from .trainer.plots import plot_run
-from .trainer.runs import checkpoint_of, create, environment, find_run, names_of
+from .trainer.runs import checkpoint_of, create, environment, find_run, names_of, settings_of
 from .trainer.tracking import Stopped, Tracker, is_running, open_tracker, read_metrics
 
 # %% ../nbs/80_recipes.ipynb #726e731a
@@ -387,7 +388,7 @@ def _repr_html_(self:Result)->str:
     cell = '<td style="text-align:left;padding:1px 12px 1px 0">{}</td>'
     return '<table style="border-collapse:collapse;color:inherit">'+''.join(f'<tr>{cell.format(escape(k))}{cell.format(escape(v))}</tr>' for k, v in self.rows())+'</table>'
 
-# %% ../nbs/80_recipes.ipynb #fe8d8a24
+# %% ../nbs/80_recipes.ipynb #97501c61
 def write_down(
     cfg:Config, # all settings
     folder:Path, # the run folder
@@ -418,11 +419,24 @@ def resume_settings(
     overrides:list[str]=(), # settings to change, as trainer.max_steps=2000
     runs:str|Path='runs', # the folder of the runs
 )->tuple[Config, Path]: # the settings, and the run folder
-    "What is needed to go on with a run."
+    "What is needed to go on with a run. Raises `ConfigError` where its settings name Python files that nobody has named for it."
+    known_families() # (those of the environment; settings may name one of them)
     folder, lengths = find_run(name, runs), ('max_steps', 'max_tokens', 'epochs')
     asked = [k for k in lengths if any(o.lstrip('-').startswith(f'trainer.{k}=') for o in overrides)]
     others = [f'trainer.{k}=null' for k in lengths if k not in asked] if asked else [] # another length takes the place of the one that was
-    return load_config(folder/'config.yaml', [*others, *overrides]), folder
+    cfg, said = load_config(folder/'config.yaml', [*others, *overrides]), {o.lstrip('-').partition('=')[0] for o in overrides}
+    settle_file(cfg.model, folder, 'model.file' in said)
+    if 'data.file' not in said: check_own_file(cfg.data, folder)
+    return cfg, folder
+
+def check_own_file(
+    data:Data, # of the settings of a run
+    folder:Path, # of the run
+)->None:
+    "Raises `ConfigError` where a run brings the Python file of its text along: what somebody sends must not run because it was unpacked. A run of our own names it by its absolute path, elsewhere."
+    written = Path(str(settings_of(folder).get('data.file')))
+    if data.name == 'file' and (not written.is_absolute() or written.resolve().is_relative_to(folder.resolve())):
+        raise ConfigError(f'the settings of {folder} name a Python file that came with them and would run: {data.file}\nIf you trust it, name it yourself: data.file={shlex.quote(data.file)}')
 
 # %% ../nbs/80_recipes.ipynb #5ffcd519
 def _into(parts:Parts, checkpoint:dict|None)->TrainState:

@@ -8,6 +8,7 @@ from llmlab.config import FAMILIES, Model, load_config
 from llmlab.files import CheckpointError, ConfigError, LlmlabError
 from llmlab.models.layers import rotation
 from llmlab.models.transformer import Shape, build, count_parameters, flops_per_token
+from llmlab.trainer.runs import next_commands
 from llmlab.models.zoo import OBJECTIVES, SIZES, build_model, from_llama, llama_kind, make_objective, shape_of, to_llama
 
 
@@ -89,8 +90,12 @@ def test_the_family_of_the_tutorial_is_a_file(tmp_path, monkeypatch):
         assert recipes.pretrain(cfg, **quiet).state.global_step == 2
         OBJECTIVES.pop('ahead'); FAMILIES.remove('ahead') # another day
         (tmp_path/'ahead.py').write_text((tmp_path/'ahead.py').read_text()+'\n')
-        cfg, folder = recipes.resume_settings('a', ['trainer.max_steps=3'], tmp_path/'runs')
+        more = ['trainer.max_steps=3', f'model.file={tmp_path}/ahead.py']
+        with pytest.raises(ConfigError, match=r'name a Python file(.|\n)*model.file=.*ahead.py'): recipes.resume_settings('a', more[:1], tmp_path/'runs') # who names a run has not named its file
+        cfg, folder = recipes.resume_settings('a', more, tmp_path/'runs')
         assert recipes.pretrain(cfg, resume=folder, **quiet).state.global_step == 3
+        assert recipes.resume_settings('a', [], tmp_path/'runs')[0].model.file == f'{tmp_path}/ahead.py' # it was named in this session
+        assert next_commands(folder)[0].startswith(f'LLMLAB_FAMILY={tmp_path}/ahead.py llmlab_generate')
         (network, objective, _, _), _ = recipes.open_trained('a', runs=tmp_path/'runs')
         assert objective.ahead == 3 and len(network.extras) == 2
         OBJECTIVES.pop('ahead'); FAMILIES.remove('ahead')
@@ -98,9 +103,28 @@ def test_the_family_of_the_tutorial_is_a_file(tmp_path, monkeypatch):
         (tmp_path/'again.py').write_text((tmp_path/'ahead.py').read_text())
         monkeypatch.setenv('LLMLAB_FAMILY', str(tmp_path/'again.py'))
         assert recipes.open_trained('a', runs=tmp_path/'runs')[0].objective.name == 'ahead'
+        assert recipes.resume_settings('a', [], tmp_path/'runs')[0].model.file == f'{tmp_path}/again.py' # the one that was named
     finally:
         OBJECTIVES.pop('ahead', None)
         if 'ahead' in FAMILIES: FAMILIES.remove('ahead')
+
+
+def test_a_run_that_was_sent_runs_nothing(tmp_path, monkeypatch):
+    "Its settings name files beside them: resuming, the menu's checks, the doctor and lists read them as names."
+    from llmlab.launch import doctor, menu
+    from llmlab.trainer.runs import card
+    monkeypatch.chdir(tmp_path)
+    sent = tmp_path/'runs'/'sent'
+    sent.mkdir(parents=True)
+    for own, key in (("model: {architecture: mine, file: evil.py}", 'model.file'), ("data: {name: file, file: evil.py}", 'data.file')):
+        (sent/'config.yaml').write_text(own)
+        (sent/'evil.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w')\ndef documents(): return []\n")
+        with pytest.raises(ConfigError, match=rf'name a Python file(.|\n)*{key}=.*evil.py'): recipes.resume_settings('sent')
+        shown, answers = [], iter(['1', 'n', 'q'])
+        assert menu.menu(lambda q: shown.append(q) or next(answers), shown.append) is None
+        assert any('evil.py' in str(s) for s in shown), shown
+        doctor.check_run(sent), doctor.check_cache(doctor.plan_of(None, runs=['sent'])), card(sent)
+        assert not (tmp_path/'ran').exists()
 
 
 def test_what_is_no_family(mine):

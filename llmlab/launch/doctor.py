@@ -321,7 +321,7 @@ def check_tokenizer(
     if not Path(t.path).expanduser().exists(): return Finding('tokenizer', 'problem', f'{t.path} does not exist', 'Correct tokenizer.path; without it a vocabulary is made from the text.')
     return Finding('tokenizer', 'ok', f'{t.kind}: {t.path}')
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #bd8f840b
+# %% ../../nbs/7_launch/01_doctor.ipynb #685e55bd
 def _by_name(config:Config)->Path|None:
     "A cache of a corpus of the hub, by what can be known without asking the hub."
     name = config.data.name if config.data.name in HUB else Path(config.data.path).name
@@ -333,7 +333,7 @@ def find_cache(
     config:Config, # sections data, tokenizer and packing
 )->Path|None: # None: nothing of it was built
     "The folder of the training cache that a run with these settings would use. Reads the text's files where there are any, for their hash; raises `DataError` where they are missing."
-    if config.data.name in ('bins', 'instructions') or config.finetune.init: return None # read as they lie, or kept elsewhere
+    if config.data.name in ('bins', 'instructions', 'file') or config.finetune.init: return None # read as they lie, or kept elsewhere; of a Python file nobody knows before it runs, and looking runs nothing
     if wants_hub(config): return _by_name(config)
     corpus = open_corpus(config.data)
     made = tokenizer_folder(config.tokenizer, corpus, config.packing.folder)
@@ -341,7 +341,7 @@ def find_cache(
     folder = cache_folder(corpus, load_tokenizer(made), config.packing)
     return folder if (folder/METADATA).exists() else None
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #e122483d
+# %% ../../nbs/7_launch/01_doctor.ipynb #9abfcad0
 def text_bytes(
     config:Config, # the section data
 )->int|None: # None: nobody knows before it is read
@@ -369,6 +369,7 @@ def check_cache(
 )->Finding:
     "The cache that a run with these settings would use: complete, begun, damaged or not there. Sizes and headers are looked at (`llmlab_prepare --verify` reads every byte)."
     if config.data.name == 'bins': return Finding('cached rows', 'ok', 'token files are read as they lie')
+    if config.data.name == 'file' and not config.finetune.init: return Finding('cached rows', 'ok', f'not looked for: that would run {config.data.file}')
     if config.data.name == 'instructions' or config.finetune.init: return Finding('cached rows', 'ok', f'examples are kept in {config.finetune.folder}')
     try:
         folder = find_cache(config)

@@ -254,7 +254,7 @@ def numbers(
     if not found: raise ValueError(text)
     return sorted(found)
 
-# %% ../../nbs/7_launch/02_menu.ipynb #85f4252c
+# %% ../../nbs/7_launch/02_menu.ipynb #90f13dc8
 def longer(
     answer:str, # as 2000, 2,000 or 3epochs
     done:int, # steps that are done
@@ -285,7 +285,11 @@ def _resume(ask:Ask, show:Show, c:Choice, folder:Path)->Chosen|None:
         if not answer or answer == 'q': return None
         try: overrides = (longer(answer, c.step or 0),); break
         except ValueError: show(f'{answer!r} is no length beyond {c.step or 0:,} steps.')
-    return _begin(ask, show, load_config(c.path/'config.yaml', overrides_for(c.path, overrides)), Chosen(resume=named, overrides=overrides), 'Go on?')
+    config = load_config(c.path/'config.yaml', overrides_for(c.path, overrides))
+    if config.model.file: # (a run names it; that it runs is for a person to say)
+        if not yes(ask, f'{c.name} runs a Python file that adds its family, {config.model.file}. Do you trust it?', False): return None
+        overrides += (f'model.file={config.model.file}',)
+    return _begin(ask, show, config, Chosen(resume=named, overrides=overrides), 'Go on?')
 
 def overrides_for(
     path:Path, # a run folder

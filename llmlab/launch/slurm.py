@@ -85,7 +85,7 @@ def launch(
     meet = '--rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="$SLURM_JOB_ID"'
     return before, f'srun{cores} --wait=120 env --ignore-signal=USR1 torchrun --no-python --nnodes={s.nodes} --nproc_per_node={n} {meet} {command}'
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #8d648c07
+# %% ../../nbs/7_launch/00_slurm.ipynb #10b0f381
 def _quoted(*words:str|Path)->str: return shlex.join(map(str, words))
 
 def _here()->str:
@@ -101,7 +101,7 @@ def script_of(
     "The script of one link."
     s, c = cfg.slurm, cfg.chain
     until = ([f'@{number*c.epochs_per_job:g}epochs'] if c.epochs_per_job else []) + ['@$until']
-    before, line = launch(s, f'llmlab_{door} --resume {_quoted(run)} --stop-after {",".join(until)}')
+    before, line = launch(s, f'llmlab_{door} --resume {_quoted(run)} --stop-after {",".join(until)}' + (f' {_quoted("model.file="+cfg.model.file)}' if cfg.model.file else '')) # (a run may not name it, who submits does)
     setup = [s.setup.rstrip()] if s.setup else []
     return '\n'.join(['#!/bin/bash', *asks(s, run.name, log_of(run, number).absolute()), '',
         f'# Link {number} of {run}. Where training stops: ' + (f'at the end of epoch {number*c.epochs_per_job:g}, or ' if c.epochs_per_job else '') + f'{s.signal_seconds} seconds before the time is up.',
@@ -427,7 +427,7 @@ def find(
     chains = [p.parent.parent.name for p in sorted(Path(runs).glob('*/slurm/chain.json'))]
     raise LlmlabError(f'there is no run {name!r} in {runs}. ' + (f'Chains: {", ".join(chains)}.' if chains else 'Nothing was submitted from here yet.'))
 
-# %% ../../nbs/7_launch/00_slurm.ipynb #722835aa
+# %% ../../nbs/7_launch/00_slurm.ipynb #7d13c36d
 @contextlib.contextmanager
 def _as_it_was(run:Path)->Iterator[None]:
     "Settings, state and records of a run are put back if what is done inside is refused."
@@ -451,7 +451,8 @@ def resubmit(
     run, overrides, lengths = find(name, runs), list(overrides), ('max_steps', 'max_tokens', 'epochs')
     asked = [k for k in lengths if any(o.lstrip('-').startswith(f'trainer.{k}=') for o in overrides)]
     cfg = load_config(run/'config.yaml', [*(f'trainer.{k}=null' for k in lengths if asked and k not in asked), *overrides]) # another length takes the place of the one that was
-    check(cfg)
+    if any(o.lstrip('-').startswith('model.file=') for o in overrides) or not cfg.model.file: check(cfg)
+    else: raise ConfigError(f'the settings of {run} name a Python file that the jobs would run: {cfg.model.file}\nIf you trust it, name it yourself: model.file={_quoted(cfg.model.file)}')
     there = (run/'slurm'/'chain.json').is_file()
     rules = read_chain(run).rules if there else dict(door='finetune' if cfg.finetune.init else 'train', jobs=[])
     if there and (left := [j for j, s in states(_left(read_chain(run))).items() if s in ('PENDING', 'RUNNING', 'COMPLETING')]): raise LlmlabError(f'{run} has jobs in the queue already: {", ".join(left)}. Cancel them first: llmlab_slurm cancel {name}')

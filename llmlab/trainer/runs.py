@@ -337,7 +337,7 @@ def results_of(
     return {'state': info.state, 'step': info.step, 'total_steps': info.total_steps, 'seconds': times[-1] if len(times) > 1 else None, 'clock': {r['step']: t for r, t in zip(records, times)},
             'tokens_per_sec': statistics.median(speeds) if speeds else None, 'curves': curves} | known
 
-# %% ../../nbs/4_trainer/05_runs.ipynb #4c5b2c4c
+# %% ../../nbs/4_trainer/05_runs.ipynb #43e42b15
 def next_commands(
     path:str|Path, # a run folder
 )->list[str]: # command lines
@@ -348,9 +348,11 @@ def next_commands(
     if info.state == 'broken': return [f'llmlab_runs delete {name}']
     if info.state == 'running': return [f'llmlab_runs report {name}']
     tuned, out = settings.get('finetune.init') is not None, []
-    if info.state != 'done': out.append(f'llmlab_{"finetune" if tuned else "train"} --resume {name}')
+    own = settings.get('model.file') # of a family of one's own: only a person names it
+    if info.state != 'done': out.append(f'llmlab_{"finetune" if tuned else "train"} --resume {name}' + (f' model.file={shlex.quote(printable(own))}' if own else ''))
     prompt = next(iter(settings.get('trainer.sample_prompts') or []), 'Once upon a time')
-    if info.checkpoints: out += [f'llmlab_generate --run {name} ' + ('--chat' if tuned else f'--prompt {shlex.quote(printable(prompt))}'), f'llmlab_eval {name}']
+    first = f'LLMLAB_FAMILY={shlex.quote(printable(own))} ' if own else ''
+    if info.checkpoints: out += [f'{first}llmlab_generate --run {name} ' + ('--chat' if tuned else f'--prompt {shlex.quote(printable(prompt))}'), f'{first}llmlab_eval {name}']
     return [*out, f'llmlab_runs report {name}']
 
 def _result_lines(r:dict)->list[str]:
@@ -378,7 +380,7 @@ def checkpoint_lines(
         out.append((p.name, size_text(disk_size(p)), '' if loss is None else f'{loss:.4f}', ', '.join(marks)))
     return out
 
-# %% ../../nbs/4_trainer/05_runs.ipynb #f1a38d08
+# %% ../../nbs/4_trainer/05_runs.ipynb #d327ef44
 def environment_of(
     path:str|Path, # a run folder
 )->dict[str, str]: # what -> in words
@@ -411,7 +413,7 @@ def card(
     title, sample = _sample_lines(path)
     found = head | {'results': _result_lines(results_of(path)),
         'checkpoints': ['  '.join(filter(None, (name, size, loss and f'validation loss {loss}', mark))) for name, size, loss, mark in points] or ['none'],
-        'settings': [f'{k}: {setting_text(v)}  (default {setting_text(d)})' for k, (v, d) in changed_settings(path).items()] or ['all as the defaults'],
+        'settings': [f'{k}: {setting_text(v)}  (default {setting_text(d)})' for k, (v, d) in changed_settings(path).items()] or ['all as the defaults' if (path/'config.yaml').exists() else 'unknown: there is no config.yaml'],
         'environment': [f'{k}: {v}' for k, v in environment_of(path).items()], title: sample, 'next': next_commands(path)}
     return {k: v for k, v in found.items() if v}
 

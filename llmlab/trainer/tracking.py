@@ -17,7 +17,7 @@ from ..config import Tracking
 from ..files import LlmlabError, append_json, disk_errors, read_json, read_jsonl, write_json, write_whole
 from .display import Progress, progress_html, progress_text
 
-# %% ../../nbs/4_trainer/03_tracking.ipynb #db33b75d
+# %% ../../nbs/4_trainer/03_tracking.ipynb #91371bb9
 def as_number(
     value:object, # a number, a tensor of one element, or None
 )->int|float|None:
@@ -28,11 +28,13 @@ def as_number(
 def read_metrics(
     folder:str|Path, # a run folder
 )->dict[str, list[tuple[int, float]]]: # name -> (step, value) pairs, gaps left out
-    "The curves of a run, from its metrics.jsonl."
+    "The curves of a run, from its metrics.jsonl. Raises `LlmlabError` for a value that is no number."
     curves = {}
     for record in read_jsonl(Path(folder)/'metrics.jsonl'):
         for name, value in record.items():
-            if '/' in name and value is not None: curves.setdefault(name, []).append((record['step'], value))
+            if '/' not in name or value is None: continue
+            if not isinstance(value, int|float): raise LlmlabError(f'{folder}/metrics.jsonl: {name} is {value!r} at step {record["step"]}, which is no number. Correct or remove that line.')
+            if math.isfinite(value): curves.setdefault(name, []).append((record['step'], value))
     return curves
 
 # %% ../../nbs/4_trainer/03_tracking.ipynb #5bf2547b
