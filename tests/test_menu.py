@@ -260,3 +260,14 @@ def test_a_walk_through_the_terminal(place):
     code, said = get_up(t)
     assert code == 0 and 'Nothing was started.' in said
     assert [p.name for p in (place/'runs').iterdir()] == ['walk']
+
+
+def test_what_is_typed_stays_text(runs):
+    "A name that YAML would read as a number; a number that is none; settings that do not go; a folder with colours in its name."
+    chosen, _ = talk(runs, 'n', 'tiny_test', '007', 'y')
+    assert load_config(chosen.config, chosen.overrides).run.name == '007'
+    assert talk(runs, '²', 'n', '²', 'q')[1].count("'²'") == 2
+    Path('no.yaml').write_text('model: {d_model: 65, num_heads: 4}\n')
+    assert 'd_model' in talk(runs, 'n', 'no.yaml', 'q')[1]
+    (runs/'stopped').rename(runs/'\x1b[31mred')
+    assert '\x1b' not in talk(runs, number_of(runs, '\x1b[31mred'), 'n', 'x', number_of(runs, '\x1b[31mred'), 'n')[1]

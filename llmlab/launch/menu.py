@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['Ask', 'Show', 'greeting', 'devices', 'Choice', 'choices', 'ago', 'choices_table', 'short_count', 'suggest_name',
            'Offer', 'rough_memory', 'offers', 'length_of', 'offers_table', 'check_step_memory', 'checks', 'Chosen',
-           'yes', 'numbers', 'longer', 'overrides_for', 'menu', 'wrapped', 'open_menu']
+           'yes', 'numbers', 'longer', 'as_setting', 'overrides_for', 'menu', 'wrapped', 'open_menu']
 
-# %% ../../nbs/7_launch/02_menu.ipynb #dcfa8cd0
-import re, shlex, shutil, sys, textwrap, time
+# %% ../../nbs/7_launch/02_menu.ipynb #e683d797
+import json, re, shlex, shutil, sys, textwrap, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import yaml
-from ..config import Config, find_config, load_config, presets
+from ..config import Config, find_config, load_config, parse_value, presets
 from ..files import ConfigError, LlmlabError, read_json
-from .doctor import Finding, check_cache, check_disk, check_hub, check_text, free_memory, hub_flags, model_needs, rows_to_make, standing, usable_cores, wants_hub
+from .doctor import Finding, check_cache, check_disk, check_hub, check_text, check_writable, free_memory, hub_flags, model_needs, rows_to_make, standing, usable_cores, wants_hub
 
 # %% ../../nbs/7_launch/02_menu.ipynb #636f9fe8
 def greeting(
@@ -77,7 +77,7 @@ def choices(
     found = [p for p in Path(folder).glob('[!.]*') if p.is_dir() and _touched(p)]
     return [_choice(p) for p in sorted(found, key=lambda p: (_touched(p), p.name), reverse=True)]
 
-# %% ../../nbs/7_launch/02_menu.ipynb #f2b14dde
+# %% ../../nbs/7_launch/02_menu.ipynb #6c1020fd
 def ago(
     seconds:float,
 )->str:
@@ -93,6 +93,7 @@ def choices_table(
     now:float|None=None, # seconds since 1970; None: now
 ): # a rich.table.Table
     "What can be resumed, numbered from 1; fits a terminal of 80 columns."
+    from llmlab.trainer.runs import printable
     from rich.table import Table
     from rich.text import Text
     table, number = Table(box=None, header_style='bold', pad_edge=False), lambda x: '' if x is None else f'{x:.3f}'
@@ -100,7 +101,7 @@ def choices_table(
         table.add_column(name, justify='right' if name in ('#', 'step', 'loss', 'best val') else 'left', no_wrap=name != 'run', overflow='fold')
     for n, c in enumerate(found, 1):
         steps = 'none yet' if c.step is None else f'{c.step:,}' + (f'/{c.total:,}' if c.total else '')
-        table.add_row(str(n), Text(c.name), c.family, '' if c.problem else steps, number(c.train_loss), number(c.val_loss), ago((time.time() if now is None else now)-c.touched), Text(c.state, _colours.get(c.state, '')))
+        table.add_row(str(n), Text(printable(c.name)), printable(c.family), '' if c.problem else steps, number(c.train_loss), number(c.val_loss), ago((time.time() if now is None else now)-c.touched), Text(c.state, _colours.get(c.state, '')))
     return table
 
 # %% ../../nbs/7_launch/02_menu.ipynb #63add1af
@@ -185,7 +186,7 @@ def offers_table(
         table.add_row(str(n), o.preset, Text(o.name), length_of(o.config), f'~{rough_memory(o.config, o.parameters)/1e9:.0f} GB', *([Text(o.about)] if width >= 110 else []))
     return table
 
-# %% ../../nbs/7_launch/02_menu.ipynb #d99da5e0
+# %% ../../nbs/7_launch/02_menu.ipynb #1f40a0e7
 def check_step_memory(
     config:Config, # all settings
 )->Finding:
@@ -209,6 +210,7 @@ def checks(
     if hub and flags: yield check_hub(flags, hub)
     if text.state == 'ok': yield check_cache(config)
     needed = (0 if tuned else model_needs(config)['run']) + (rows_to_make(config) if text.state == 'ok' else 0)
+    if (can_write := check_writable('disk', config.run.folder)).state == 'problem': yield can_write
     yield check_disk('disk', Path(config.run.folder), shutil.disk_usage(standing(config.run.folder)).free, needed)
     if count: yield check_step_memory(config)
 
@@ -254,7 +256,7 @@ def numbers(
     if not found: raise ValueError(text)
     return sorted(found)
 
-# %% ../../nbs/7_launch/02_menu.ipynb #90f13dc8
+# %% ../../nbs/7_launch/02_menu.ipynb #24a39bc1
 def longer(
     answer:str, # as 2000, 2,000 or 3epochs
     done:int, # steps that are done
@@ -278,6 +280,7 @@ def _begin(ask:Ask, show:Show, config:Config, chosen:Chosen, question:str)->Chos
 
 def _resume(ask:Ask, show:Show, c:Choice, folder:Path)->Chosen|None:
     "Go on with a run. None: back."
+    from llmlab.trainer.runs import printable
     overrides, named = (), c.name if folder == Path('runs') and c.name != 'last' else str(c.path)
     while c.state == 'done':
         show(f'{c.name} is done, {c.step or 0:,} steps.')
@@ -287,9 +290,16 @@ def _resume(ask:Ask, show:Show, c:Choice, folder:Path)->Chosen|None:
         except ValueError: show(f'{answer!r} is no length beyond {c.step or 0:,} steps.')
     config = load_config(c.path/'config.yaml', overrides_for(c.path, overrides))
     if config.model.file: # (a run names it; that it runs is for a person to say)
-        if not yes(ask, f'{c.name} runs a Python file that adds its family, {config.model.file}. Do you trust it?', False): return None
-        overrides += (f'model.file={config.model.file}',)
+        if not yes(ask, f'{c.name} runs a Python file that adds its family, {printable(config.model.file)}. Do you trust it?', False): return None
+        overrides += (as_setting('model.file', config.model.file),)
     return _begin(ask, show, config, Chosen(resume=named, overrides=overrides), 'Go on?')
+
+def as_setting(
+    key:str, # as run.name
+    text:str, # its value, as it was typed at a question
+)->str: # as on a command line
+    "A setting whose value stays text: `run.name=\"123\"`."
+    return f'{key}={text if parse_value(text) == text else json.dumps(text)}'
 
 def overrides_for(
     path:Path, # a run folder
@@ -298,14 +308,14 @@ def overrides_for(
     "The settings that make the new length the only one (`recipes.resume_settings` does the same)."
     return [f'trainer.{k}=null' for k in ('max_steps', 'max_tokens', 'epochs') if overrides and not overrides[0].startswith(f'trainer.{k}=')] + list(overrides)
 
-# %% ../../nbs/7_launch/02_menu.ipynb #2a56a219
+# %% ../../nbs/7_launch/02_menu.ipynb #eeaf8e8b
 def _which(ask:Ask, show:Show, found:list[Offer])->tuple[str, Config]|None: # what to give to --config, and what it says
     "Choose what to train. None: back."
     while True:
         answer = ask('Which? A number, a preset or a YAML file (Enter: 1, Q: back) ').strip() or '1'
         if answer.lower() == 'q': return None
-        if answer.isdigit() and 1 <= int(answer) <= len(found): return found[int(answer)-1].preset, found[int(answer)-1].config
-        if answer.isdigit(): show(f'There is no number {answer}: 1 to {len(found)}.'); continue
+        if answer.isdecimal() and 1 <= int(answer) <= len(found): return found[int(answer)-1].preset, found[int(answer)-1].config
+        if answer.isdecimal(): show(f'There is no number {answer}: 1 to {len(found)}.'); continue
         try: return answer, load_config(answer)
         except LlmlabError as e: show(str(e))
 
@@ -315,7 +325,7 @@ def _text(ask:Ask, show:Show, source:str, config:Config)->tuple[str, ...]|None: 
     while True:
         answer = ask(f'{source} learns from a text of yours. A file or folder of txt, md, jsonl or parquet (Enter: back): ').strip()
         if not answer: return None
-        if Path(answer).expanduser().exists(): return (f'data.path={answer}',)
+        if Path(answer).expanduser().exists(): return (as_setting('data.path', answer),)
         show(f'{answer} does not exist.')
 
 def _name(ask:Ask, show:Show, config:Config)->str:
@@ -337,9 +347,9 @@ def _new(ask:Ask, show:Show, folder:Path, width:int)->Chosen|None:
     source, config = picked
     if config.finetune.init or config.data.name == 'instructions': show(f'{source} is a fine-tuning: llmlab_finetune --config {source}'); return None
     if (text := _text(ask, show, source, config)) is None: return None
-    at = () if config.run.folder == str(folder) else (f'run.folder={folder}',) if folder != Path('runs') else ()
+    at = () if config.run.folder == str(folder) else (as_setting('run.folder', str(folder)),) if folder != Path('runs') else ()
     config = load_config(source, [*text, *at])
-    settings = (*text, *at, f'run.name={_name(ask, show, config)}')
+    settings = (*text, *at, as_setting('run.name', _name(ask, show, config)))
     return _begin(ask, show, load_config(source, settings), Chosen(source, settings), 'Start?')
 
 # %% ../../nbs/7_launch/02_menu.ipynb #93c67a5a
@@ -362,7 +372,7 @@ def _delete(ask:Ask, show:Show, found:list[Choice])->None:
         try: delete(c.path); show(f'Deleted {c.name}.')
         except LlmlabError as e: show(str(e))
 
-# %% ../../nbs/7_launch/02_menu.ipynb #44ff2895
+# %% ../../nbs/7_launch/02_menu.ipynb #d2ba3a3c
 def _first(ask:Ask, show:Show, found:list[Choice])->Choice|str: # a run, or n, x, q
     "The first question."
     question = ('A number: go on with that run. ' if found else '') + 'N: new run. ' + ('X: delete. ' if found else '') + 'Q: leave. > '
@@ -383,7 +393,9 @@ def menu(
     most:int=15, # runs to show; the newest
 )->Chosen|None: # None: nothing is to be started
     "Ask what to do: go on, begin, delete or leave. Imports torch."
-    folder = Path(folder)
+    from llmlab.trainer.runs import printable
+    folder, put = Path(folder), show
+    def show(thing:object)->None: put(printable(thing) if isinstance(thing, str) else thing) # (names of folders may hold anything)
     try:
         while True:
             every = choices(folder)
@@ -393,7 +405,8 @@ def menu(
             answer = _first(ask, show, every[:most])
             if answer == 'q': return None
             if answer == 'x': _delete(ask, show, every[:most]); continue
-            chosen = _new(ask, show, folder, width) if answer == 'n' else _resume(ask, show, answer, folder)
+            try: chosen = _new(ask, show, folder, width) if answer == 'n' else _resume(ask, show, answer, folder)
+            except LlmlabError as e: show(str(e)); continue
             if chosen: return chosen
     except EOFError: return None
 
