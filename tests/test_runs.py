@@ -204,9 +204,10 @@ def test_log_is_strict_json_and_reads_back(family, tmp_path):
     assert (about['name'], about['state'], about['architecture'], about['parameters'], about['steps'], about['tokenizer']) == ('a', 'done', 'ar', 17, 60, 'same')
     assert about['config']['optim']['lr'] == 1e-3 and about['environment']['versions'] == {'torch': '2'} and about['checkpoints'][0]['val/loss'] == 2.
     assert [r['step'] for r in log['training_data']] == [*range(10, 61, 10)] and log['training_data'][1]['val/loss'] == pytest.approx(3.7)
-    write_whole(tmp_path/'odd'/'config.yaml', 'a: .nan\n')
+    write_whole(tmp_path/'odd'/'config.yaml', 'a: .nan\nslurm: {setup: export SECRET_OF_MINE=1}\n')
     write_whole(tmp_path/'odd'/'metrics.jsonl', '{"step": 1, "train/loss": NaN}\n')
     assert read_json(write_log(tmp_path/'odd'))['training_data'] == [{'step': 1, 'train/loss': None}]
+    assert 'SECRET_OF_MINE' not in (tmp_path/'odd'/'training_log.json').read_text()+report(tmp_path/'odd')+report(tmp_path/'odd', family/'a')
 
 
 def test_reports_hold_everything_and_run_nothing(family, tmp_path):

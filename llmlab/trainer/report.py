@@ -17,7 +17,7 @@ from .plots import PICTURES, comparison_figure, comparison_place, draw_gates, fi
 from .runs import changed_settings, checkpoint_lines, disk_size, environment_of, look_at, printable, read_samples, results_of, setting_text, settings_of, size_text
 from .tracking import clock_time
 
-# %% ../../nbs/4_trainer/07_report.ipynb #c76421fa
+# %% ../../nbs/4_trainer/07_report.ipynb #a96eaa03
 def strict(
     value:object, # what JSON knows, and NaN and infinity, which it does not
 )->object: # those as None
@@ -26,6 +26,8 @@ def strict(
     if isinstance(value, list|tuple): return [strict(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
+_HOME = ('slurm', 'chain') # sections that stay at home: how a cluster is asked, with accounts and what its jobs set up
+
 def training_log(
     path:str|Path, # a run folder
 )->dict: # metadata and training_data
@@ -33,7 +35,7 @@ def training_log(
     path, r = Path(path), results_of(path)
     points = [{'name': p, 'bytes': disk_size(path/'checkpoints'/p), 'val/loss': float(loss) if loss else None} for p, _, loss, _ in checkpoint_lines(path)]
     about = {'format': 1, 'name': path.resolve().name, 'state': r['state']} | {k: r.get(k) for k in ('architecture', 'parameters', 'tokens', 'tokenizer', 'corpus')}
-    about |= {'steps': r['step'], 'total_steps': r['total_steps'], 'seconds': r['seconds'], 'config': read_yaml(path/'config.yaml').values if (path/'config.yaml').exists() else None,
+    about |= {'steps': r['step'], 'total_steps': r['total_steps'], 'seconds': r['seconds'], 'config': {k: v for k, v in read_yaml(path/'config.yaml').values.items() if k not in _HOME} if (path/'config.yaml').exists() else None,
               'environment': read_json(path/'environment.json') if (path/'environment.json').exists() else None, 'checkpoints': points}
     return strict({'metadata': about, 'training_data': read_jsonl(path/'metrics.jsonl') if (path/'metrics.jsonl').exists() else []})
 
@@ -126,10 +128,10 @@ def _samples(path:Path)->str:
         out.append(f'<article><h3>step {step:,}</h3>{said}</article>')
     return f'<div class="side">{"".join(out)}</div>' if out else ''
 
-# %% ../../nbs/4_trainer/07_report.ipynb #f7afda88
+# %% ../../nbs/4_trainer/07_report.ipynb #d42bd943
 def _about_run(path:Path)->str:
     "Changed settings, checkpoints and environment of a run."
-    changed = [[k, setting_text(v), setting_text(d)] for k, (v, d) in changed_settings(path).items()]
+    changed = [[k, setting_text(v), setting_text(d)] for k, (v, d) in changed_settings(path).items() if k.split('.')[0] not in _HOME]
     return (_section('Settings that differ from the defaults', _table(['', 'here', 'default'], changed))
             + _section('Checkpoints', _table(['', 'size', 'validation loss', ''], [[*p] for p in checkpoint_lines(path)]))
             + _section('Environment', _table([], [[k, v] for k, v in environment_of(path).items()], words=True)))
@@ -137,7 +139,7 @@ def _about_run(path:Path)->str:
 def _one_run(path:Path)->str:
     r, info = results_of(path), look_at(path)
     numbers = [[k, number_text(v[0])] for k, v in metric_lines([r['curves']]).items()]
-    settings = [[k, setting_text(v)] for k, v in settings_of(path).items()]
+    settings = [[k, setting_text(v)] for k, v in settings_of(path).items() if k.split('.')[0] not in _HOME]
     family = f'{r["architecture"]}, ' if 'architecture' in r else ''
     return (f'<p class="under"><span class="state {html.escape(info.state)}">{html.escape(info.state)}</span> {_text(family)}step {info.steps}{_text(", started "+info.started if info.started else "")}</p>' + _tiles(r, info.size)
             + _section('Curves', _pictures(r)) + _section('Samples', _samples(path)) + _section('Metrics', _table([], numbers)) + _about_run(path)
@@ -149,7 +151,7 @@ def _side_by_side(c:Comparison)->str:
     said = [''.join(f'<article><h3>{_text(w)}</h3><blockquote><b>{_text(p)}</b>{_text(t)}</blockquote></article>' for w, t in zip(where, texts) if t is not None) for p, texts in c.samples.items()]
     each = ''.join(_details(n, _about_run(p)) for n, p in zip(c.names, c.paths))
     return (notes + _section('Curves', _overlaid(c)) + _section('Results', _table(['', *c.names], c.lines()))
-            + _section('Settings that differ', _table(['', *c.names], c.setting_lines()) or '<p>none</p>') + _section('Samples', ''.join(f'<div class="side">{s}</div>' for s in said)) + _section('Each run', each))
+            + _section('Settings that differ', _table(['', *c.names], [l for l in c.setting_lines() if l[0].split('.')[0] not in _HOME]) or '<p>none</p>') + _section('Samples', ''.join(f'<div class="side">{s}</div>' for s in said)) + _section('Each run', each))
 
 # %% ../../nbs/4_trainer/07_report.ipynb #c38e6aee
 _STYLE = '''
