@@ -256,7 +256,7 @@ def numbers(
     if not found: raise ValueError(text)
     return sorted(found)
 
-# %% ../../nbs/7_launch/02_menu.ipynb #24a39bc1
+# %% ../../nbs/7_launch/02_menu.ipynb #f1c38ad5
 def longer(
     answer:str, # as 2000, 2,000 or 3epochs
     done:int, # steps that are done
@@ -284,7 +284,7 @@ def _resume(ask:Ask, show:Show, c:Choice, folder:Path)->Chosen|None:
     overrides, named = (), c.name if folder == Path('runs') and c.name != 'last' else str(c.path)
     while c.state == 'done':
         show(f'{c.name} is done, {c.step or 0:,} steps.')
-        answer = ask(f'Train longer: to which step (as {2*(c.step or 50)}), or how many epochs in all (as 2epochs)? Enter: back > ').strip().lower()
+        answer = ask(f'Longer: to which step (as {2*(c.step or 50)}), or epochs in all (as 2epochs)? Enter: back > ').strip().lower()
         if not answer or answer == 'q': return None
         try: overrides = (longer(answer, c.step or 0),); break
         except ValueError: show(f'{answer!r} is no length beyond {c.step or 0:,} steps.')
@@ -308,7 +308,7 @@ def overrides_for(
     "The settings that make the new length the only one (`recipes.resume_settings` does the same)."
     return [f'trainer.{k}=null' for k in ('max_steps', 'max_tokens', 'epochs') if overrides and not overrides[0].startswith(f'trainer.{k}=')] + list(overrides)
 
-# %% ../../nbs/7_launch/02_menu.ipynb #eeaf8e8b
+# %% ../../nbs/7_launch/02_menu.ipynb #fbe55cc0
 def _which(ask:Ask, show:Show, found:list[Offer])->tuple[str, Config]|None: # what to give to --config, and what it says
     "Choose what to train. None: back."
     while True:
@@ -322,8 +322,9 @@ def _which(ask:Ask, show:Show, found:list[Offer])->tuple[str, Config]|None: # wh
 def _text(ask:Ask, show:Show, source:str, config:Config)->tuple[str, ...]|None: # settings
     "Ask for the text of a preset that brings none. None: back."
     if config.data.name != 'files' or check_text(config).state == 'ok': return ()
+    show(f'{source} learns from a text of yours.')
     while True:
-        answer = ask(f'{source} learns from a text of yours. A file or folder of txt, md, jsonl or parquet (Enter: back): ').strip()
+        answer = ask('A file or folder of txt, md, jsonl or parquet (Enter: back): ').strip()
         if not answer: return None
         if Path(answer).expanduser().exists(): return (as_setting('data.path', answer),)
         show(f'{answer} does not exist.')
@@ -372,10 +373,10 @@ def _delete(ask:Ask, show:Show, found:list[Choice])->None:
         try: delete(c.path); show(f'Deleted {c.name}.')
         except LlmlabError as e: show(str(e))
 
-# %% ../../nbs/7_launch/02_menu.ipynb #d2ba3a3c
+# %% ../../nbs/7_launch/02_menu.ipynb #28f4f4c2
 def _first(ask:Ask, show:Show, found:list[Choice])->Choice|str: # a run, or n, x, q
     "The first question."
-    question = ('A number: go on with that run. ' if found else '') + 'N: new run. ' + ('X: delete. ' if found else '') + 'Q: leave. > '
+    question = ('A number: go on with that run. ' if found else '') + 'N: new run. ' + ('X: delete. ' if found else '') + 'Q or Enter: leave. > '
     while True:
         answer = ask(question).strip().lower()
         if answer in ('', 'q', 'n') or answer == 'x' and found: return answer or 'q'
