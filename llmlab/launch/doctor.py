@@ -645,7 +645,7 @@ def _libraries(config:Config, torch:dict|None)->list[Finding]:
             check_compiler(compiler, Path(sysconfig.get_paths()['include'], 'Python.h').exists(), bool(_installed('triton')), on_gpu, config.run.compile),
             check_slurm({t: shutil.which(t) for t in ('sbatch', 'squeue', 'scontrol')}, os.environ.get('SLURM_JOB_ID'))]
 
-# %% ../../nbs/7_launch/01_doctor.ipynb #a7b552de
+# %% ../../nbs/7_launch/01_doctor.ipynb #d17e9a62
 def examine(
     config:Config|ConfigError|None=None, # a run that is planned, or what is wrong with its settings; None: the defaults, and no word about what a config names
     runs:Iterable[str]=(), # runs, run folders or checkpoints to look at too
@@ -656,7 +656,7 @@ def examine(
     plan, needs, about = config if given else Config(), {}, []
     findings = [check_python(tuple(sys.version_info)), check_packages(_requires('llmlab'), _installed)]
     torch, error = ask('look_at_torch()')
-    if isinstance(config, ConfigError): about.append(Finding('config', 'problem', str(config), 'Correct the keys that are named.'))
+    if isinstance(config, ConfigError): about.append(Finding('config', 'problem', str(config), 'Name a preset, or a YAML file that is there.' if 'no config file' in str(config) else 'Correct the keys that are named.'))
     if given:
         text = check_text(plan)
         needs, model = _model(plan, bool(torch))
