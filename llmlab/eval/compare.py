@@ -6,13 +6,13 @@
 __all__ = ['SCORED', 'SAMPLER', 'WRITTEN', 'SPEED', 'names_of', 'accuracy_of', 'written', 'real_text', 'Line', 'compare', 'notes',
            'comparison_table', 'comparison_markdown', 'plot_comparison']
 
-# %% ../../nbs/5_eval/04_compare.ipynb #3c3bcfbe
-import io
+# %% ../../nbs/5_eval/04_compare.ipynb #addaf933
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from .generation import REAL
 from ..files import DataError
+from ..trainer.plots import new_figure, png_of
 
 # %% ../../nbs/5_eval/04_compare.ipynb #ca9939fc
 def _sampler(result:dict)->str|None: return ', '.join(f'{k}={v}' for k, v in (result.get('sampler') or {}).items()) or None
@@ -135,18 +135,15 @@ def comparison_markdown(
     clean = lambda row: '| '+' | '.join(c.replace('|', '\\|') for c in row)+' |'
     return '\n'.join([clean(head), '|---|'+'---:|'*len(head[1:]), *map(clean, lines), *(f'\n{n}' for n in notes(results))])+'\n'
 
-# %% ../../nbs/5_eval/04_compare.ipynb #64bbccd7
+# %% ../../nbs/5_eval/04_compare.ipynb #d5cf718c
 def plot_comparison(
     results:Sequence[dict], # of several checkpoints
     title:str='', # above the picture
 )->bytes: # a PNG file
     "Validation losses as bars, with standard errors; bounds are hatched. Raises `DataError` if no result has a loss."
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     bars = [(n, r) for n, r in zip(names_of(results), results) if r.get('val/loss') is not None]
     if not bars: raise DataError('there is no validation loss to draw.')
-    fig = Figure(figsize=(6, .8+.5*len(bars)), dpi=110, layout='constrained')
-    FigureCanvasAgg(fig)
+    fig = new_figure(6, .8+.5*len(bars))
     ax, told = fig.add_subplot(), set()
     for name, r in bars:
         bound, error = bool(r.get('val/is_bound')), r.get('val/loss_se')
@@ -157,6 +154,4 @@ def plot_comparison(
     ax.invert_yaxis()
     ax.set(xlabel='validation loss (nats per token)', title=title, xlim=(0, 1.15*max(r['val/loss'] for _, r in bars)))
     fig.legend(loc='outside lower center', ncols=2, frameon=False)
-    png = io.BytesIO()
-    fig.savefig(png, format='png', metadata={'Software': None})
-    return png.getvalue()
+    return png_of(fig)
