@@ -416,7 +416,7 @@ def export(
     from llmlab.export import export as work
     work(run, folder, best=best, runs=runs, adapter=adapter, base=base, force=force)
 
-# %% ../nbs/90_cli.ipynb #92b09073
+# %% ../nbs/90_cli.ipynb #690f8550
 def _print(table)->None:
     "A rich table, as wide as it needs to be where no terminal limits it."
     from rich.console import Console
@@ -440,7 +440,7 @@ def _compare(folder:Path, names:list[str], output:str|None)->None:
     from llmlab.trainer.runs import find_runs
     c = compare(*find_runs(names, folder))
     _print(c)
-    try: print(write_whole(output or comparison_place(c, 'png'), draw_comparison(c)))
+    try: print(os.path.relpath(write_whole(output or comparison_place(c, 'png'), draw_comparison(c))))
     except DataError as e: print(e)
 
 def _plot(folder:Path, names:list[str])->None:

@@ -80,7 +80,7 @@ def _plain(text:str)->str: # as a terminal leaves it: no colours, a line that wa
     return re.sub(r'[^\n]*\r(?=[^\n])', '', re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', text).replace('\r\n', '\n')).rstrip()
 
 def _output_text(text:str, kind:str='')->str:
-    if not re.search(r'\S(  |\t)\s*\S', text): kind += ' wrap' # no columns that a break would spoil
+    if not re.search(r'\S(  |\t)\s*\S|^\|.*\|$', text, re.M): kind += ' wrap' # no columns that a break would spoil
     return raw(f'<pre class="output{kind}" tabindex="0">{html.escape(_plain(text))}</pre>') if text.strip() else ''
 
 def _joined(outputs:list[dict])->list[dict]:
