@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'EXACT_ROWS', 'CARRY_GAP', 'LONG_ROWS', 'prepare_tokenizer', 'Prepared', 'check_cache', 'full_rows',
            'prepare', 'prepare_examples', 'Parts', 'build', 'gather_parts', 'all_ranks', 'validator', 'settle_shift',
-           'begin_from', 'Result', 'write_down', 'open_run', 'resume_settings', 'check_own_file', 'check_gates',
+           'begin_from', 'Result', 'write_down', 'open_run', 'resume_settings', 'brings_file', 'check_gates',
            'settle_length', 'pretrain', 'settle_limit', 'in_background', 'work_of', 'carry_out', 'summary', 'finetune',
            'keep_base', 'base_again', 'settle_warmup', 'first_prompts', 'open_trained', 'held_out', 'chosen_metrics',
            'Writing', 'about_model', 'generation', 'exact', 'doubtful', 'long_context', 'evaluate', 'generate', 'gaps',
@@ -388,7 +388,7 @@ def _repr_html_(self:Result)->str:
     cell = '<td style="text-align:left;padding:1px 12px 1px 0">{}</td>'
     return '<table style="border-collapse:collapse;color:inherit">'+''.join(f'<tr>{cell.format(escape(k))}{cell.format(escape(v))}</tr>' for k, v in self.rows())+'</table>'
 
-# %% ../nbs/80_recipes.ipynb #97501c61
+# %% ../nbs/80_recipes.ipynb #6854bfd4
 def write_down(
     cfg:Config, # all settings
     folder:Path, # the run folder
@@ -426,17 +426,18 @@ def resume_settings(
     others = [f'trainer.{k}=null' for k in lengths if k not in asked] if asked else [] # another length takes the place of the one that was
     cfg, said = load_config(folder/'config.yaml', [*others, *overrides]), {o.lstrip('-').partition('=')[0] for o in overrides}
     settle_file(cfg.model, folder, 'model.file' in said)
-    if 'data.file' not in said: check_own_file(cfg.data, folder)
+    if 'data.file' not in said and brings_file(cfg.data, settings_of(folder).get('data.file'), folder):
+        raise ConfigError(f'the settings of {folder} name a Python file that came with them and would run: {cfg.data.file}\nIf you trust it, name it yourself: data.file={shlex.quote(cfg.data.file)}')
     return cfg, folder
 
-def check_own_file(
+def brings_file(
     data:Data, # of the settings of a run
+    written:str|None, # its `data.file`, as it is written there
     folder:Path, # of the run
-)->None:
-    "Raises `ConfigError` where a run brings the Python file of its text along: what somebody sends must not run because it was unpacked. A run of our own names it by its absolute path, elsewhere."
-    written = Path(str(settings_of(folder).get('data.file')))
-    if data.name == 'file' and (not written.is_absolute() or written.resolve().is_relative_to(folder.resolve())):
-        raise ConfigError(f'the settings of {folder} name a Python file that came with them and would run: {data.file}\nIf you trust it, name it yourself: data.file={shlex.quote(data.file)}')
+)->bool:
+    "Whether a run brings the Python file of its text along: what somebody sends must not run because it was unpacked. A run of our own names it by its absolute path, elsewhere."
+    path = Path(str(written))
+    return data.name == 'file' and (not path.is_absolute() or path.resolve().is_relative_to(folder.resolve()))
 
 # %% ../nbs/80_recipes.ipynb #5ffcd519
 def _into(parts:Parts, checkpoint:dict|None)->TrainState:
@@ -653,14 +654,15 @@ def open_trained(
     machine = set_up(Run(device=device, precision=precision), say)
     return scoring.open_model(checkpoint, machine.device), machine
 
-# %% ../nbs/80_recipes.ipynb #d8d5ea48
+# %% ../nbs/80_recipes.ipynb #f00bc1ce
 def held_out(
     model:scoring.OpenModel, # an open checkpoint
     say:Callable[[str], None]=lambda line: None, # told what happens
 )->Cache:
     "The rows that the run of a checkpoint held out, made again where they are missing. Raises `DataError` if it held none out."
-    cfg = Config.model_validate(model.info['train_config'])
-    cfg = base_again(cfg, Path(model.info['path']).parent.parent)
+    cfg, folder = Config.model_validate(model.info['train_config']), Path(model.info['path']).parent.parent
+    if brings_file(cfg.data, cfg.data.file, folder): raise DataError(f'the text of this run comes from a Python file that came with it and would run: {cfg.data.file}\nScore a text file: --text FILE. If you trust it: llmlab_train --resume {folder} data.file=FILE')
+    cfg = base_again(cfg, folder)
     data = prepare(cfg, mode='part' if cfg.packing.partial else 'normal', say=say)
     if cfg.finetune.init: check_same(data.train, model.info['cache_info']) # a file that was changed is divided otherwise
     validation = data.validation

@@ -2,10 +2,11 @@
 import json, typing
 import pytest, torch
 from pathlib import Path
+from types import SimpleNamespace
 from torch.testing import assert_close
 from llmlab import recipes
 from llmlab.config import FAMILIES, Model, load_config
-from llmlab.files import CheckpointError, ConfigError, LlmlabError
+from llmlab.files import CheckpointError, ConfigError, DataError, LlmlabError
 from llmlab.models.layers import rotation
 from llmlab.models.transformer import Shape, build, count_parameters, flops_per_token
 from llmlab.trainer.runs import next_commands
@@ -125,6 +126,9 @@ def test_a_run_that_was_sent_runs_nothing(tmp_path, monkeypatch):
         assert any('evil.py' in str(s) for s in shown), shown
         doctor.check_run(sent), doctor.check_cache(doctor.plan_of(None, runs=['sent'])), card(sent)
         assert not (tmp_path/'ran').exists()
+    told = load_config('tiny_test', ['data.name=file', f'data.file={sent/"evil.py"}']).to_dict() # and scoring it
+    with pytest.raises(DataError, match='came with it and would run'): recipes.held_out(SimpleNamespace(info={'train_config': told, 'path': sent/'checkpoints'/'step-00000001'}))
+    assert not (tmp_path/'ran').exists()
 
 
 def test_what_is_no_family(mine):
