@@ -94,3 +94,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items:list)->None:
+    "What waits for jobs, browsers and terminals begins first: the other workers fill the time."
+    waiting = ('test_slurm', 'test_site', 'test_lab', 'test_menu')
+    items.sort(key=lambda item: waiting.index(item.path.stem) if item.path.stem in waiting else len(waiting))

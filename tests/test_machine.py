@@ -59,3 +59,5 @@ def test_peak_is_measured_once_and_cheap():
 def test_importing_the_trainer_stays_light():
     code = 'import sys, llmlab.trainer.loop, llmlab.trainer.runs, llmlab.trainer.plots; print([m for m in ("transformers", "datasets", "wandb", "matplotlib", "tensorboard", "tiktoken") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    lighter = 'import sys, llmlab.launch.slurm, llmlab.trainer.tracking; print([m for m in ("torch", "numpy") if m in sys.modules])' # asked before and after every job of a chain
+    assert subprocess.run([sys.executable, '-c', lighter], capture_output=True, text=True, check=True).stdout.strip() == '[]'

@@ -6,11 +6,10 @@
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'RED', 'COLOURS', 'LONGEST', 'Curve', 'Progress', 'ticks', 'curve_svg', 'progress_html',
            'progress_text']
 
-# %% ../../nbs/4_trainer/032_display.ipynb #5cce4c09
+# %% ../../nbs/4_trainer/032_display.ipynb #0cd387b5
 import math, time
 from dataclasses import dataclass, field
 from html import escape
-from ..packing.inspect import GREY, as_image, visible
 
 # %% ../../nbs/4_trainer/032_display.ipynb #4da8c590
 @dataclass
@@ -93,11 +92,12 @@ def ticks(
 def _path(points:list[tuple[float, float]])->str:
     return 'M'+'L'.join(f'{x:.1f} {y:.1f}' for x, y in points)
 
-# %% ../../nbs/4_trainer/032_display.ipynb #2ddfd5c4
+# %% ../../nbs/4_trainer/032_display.ipynb #e8baadf9
 def curve_svg(
     p:Progress, # with at least one loss
 )->str: # SVG
     "The losses over the steps."
+    from llmlab.packing.inspect import GREY # (here, since it loads torch, and who only asks how a run is doing must not wait for that)
     train, val = p.train.shown(), p.val.shown()
     values, last = [v for _, v in train+val], max(p.step, *(x for x, _ in train+val))
     low, high = min(values), max(values)
@@ -114,11 +114,12 @@ def curve_svg(
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 152" width="420" height="152" '
         f'font-family="sans-serif" font-size="10" fill="{GREY}"><text x="44" y="11">loss</text>{grid}<path d="M44 14V132H410" fill="none" stroke="{GREY}"/>{drawn}{steps}{legend}</svg>')
 
-# %% ../../nbs/4_trainer/032_display.ipynb #f6896b1b
+# %% ../../nbs/4_trainer/032_display.ipynb #8edc76cb
 COLOURS = {'running': BLUE, 'done': GREEN, 'stopped': ORANGE, 'failed': RED}
 LONGEST = 800 # characters of a sample that are shown
 
 def _shown(text:str, most:int=LONGEST)->str:
+    from llmlab.packing.inspect import visible
     text = visible(text).replace('↵\n', '\n')
     return text if len(text) <= most else text[:most]+' ...'
 
@@ -135,15 +136,17 @@ def _numbers(p:Progress)->str:
     return f'<div><b>Validation, step {p.validated:,}</b><table style="border-collapse:collapse;margin:3px 0;font-size:13px;color:inherit">{cells}</table></div>'
 
 def _samples(p:Progress, most:int=2)->str:
+    from llmlab.packing.inspect import GREY
     one = lambda s: (f'<div style="font:12px/1.5 monospace;white-space:pre-wrap;overflow-wrap:anywhere;max-height:12em;overflow:auto;border-left:3px solid {GREY};padding:0 8px;margin:4px 0">'
         f'<span style="opacity:.65">{escape(_shown(s.get("prompt") or ""))}</span>{escape(_shown(s.get("text") or ""))}</div>')
     return f'<div><b>Sample, step {p.sampled:,}</b>{"".join(map(one, p.samples[:most]))}</div>' if p.samples else ''
 
-# %% ../../nbs/4_trainer/032_display.ipynb #afc38274
+# %% ../../nbs/4_trainer/032_display.ipynb #391015f4
 def progress_html(
     p:Progress, # any
 )->str: # HTML that stands by itself; under 60 KB
     "A run as a person wants to see it in a notebook."
+    from llmlab.packing.inspect import as_image
     curve = as_image(curve_svg(p), 'loss over steps') if p.train.last is not None or p.val.last is not None else ''
     line = f'<div>{escape(p.line)}</div>' if p.state != 'running' and p.line else ''
     words = f'<div style="white-space:pre-wrap;border-left:3px solid {COLOURS[p.state]};padding:0 8px;margin:4px 0">{escape(_shown(p.words, 2000))}</div>' if p.words else ''
