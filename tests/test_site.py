@@ -170,7 +170,7 @@ def _heard(page, base):
     page.set_default_timeout(60_000)
     page.on('console', lambda m: m.type in ('error', 'warning') and wrong.append(f'{page.url}: {m.type}: {m.text}'))
     page.on('pageerror', lambda e: wrong.append(f'{page.url}: {e}'))
-    page.on('requestfailed', lambda r: wrong.append(f'{page.url}: {r.url} failed: {r.failure}'))
+    page.on('requestfailed', lambda r: 'ERR_ABORTED' in str(r.failure) or wrong.append(f'{page.url}: {r.url} failed: {r.failure}')) # (aborted: we went on before a picture below the screen had come)
     page.on('response', lambda r: r.status >= 400 and wrong.append(f'{page.url}: {r.url}: {r.status}'))
     page.on('request', lambda r: r.url.startswith((base, 'data:', 'blob:')) or wrong.append(f'{page.url}: {r.url} is off the host'))
     return wrong
